@@ -1,0 +1,270 @@
+"""Checkpoints: save, verify, load, prune. Sees `nnx.Module`s, not GPTs.
+
+The protocol: everything is written into a staging folder and fsynced, `manifest.json` (size and SHA-256 of every other
+file) comes last, one rename makes the checkpoint visible, then the links move, then old ones go. So a folder with a
+checkpoint's name is complete unless the disk has damaged it, and the manifest shows that.
+"""
+
+import calendar
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+NAME = re.compile(r"(\d{8}T\d{6}Z)-iteration-(\d+)")
+TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+STAGING = ".staging-"
+MODEL_FILE, OPTIMIZER_FOLDER, META_FILE, MANIFEST_FILE = "model.safetensors", "optimizer", "meta.json", "manifest.json"
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """A committed checkpoint; their order is the order in which they were committed."""
+
+    path: Path
+
+    @property
+    def global_step(self) -> int:
+        match = NAME.fullmatch(self.path.name)
+        assert match
+        return int(match[2])
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What was saved beside the arrays. Raises ValueError when it is unreadable."""
+        try:
+            return json.loads((self.path / META_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path / META_FILE}: unreadable ({error})") from None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether it was the best when it was saved; False when its meta file is damaged."""
+        try:
+            return self.meta["is_best"] is True
+        except (ValueError, KeyError, TypeError):
+            return False
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """List the committed checkpoints in a run's `checkpoints/`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        Checkpoint(path)
+        for path in folder.iterdir()
+        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    )
+
+
+def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str]]:
+    """Choose the checkpoint to go on from: the newest good one, or `which` ("best", "latest" or a name).
+
+    Returns it (None: there are none yet), and a line for every damaged one that was passed over.
+    Raises ValueError when the one asked for is missing or damaged, or all are damaged.
+    """
+    checkpoints = find_checkpoints(folder)
+    if which is not None:
+        wanted = [c for c in checkpoints if c.path.name == which or (which == "best" and c.is_best)]
+        if which == "latest":
+            wanted = checkpoints
+        if not wanted:
+            names = ", ".join(c.path.name for c in checkpoints) or "none yet"
+            raise ValueError(f"{folder}: no checkpoint {which!r}; there are: {names}")
+        verify(wanted[-1])
+        return wanted[-1], []
+    complaints = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+            return checkpoint, complaints
+        except ValueError as error:
+            complaints.append(f"passing over a damaged checkpoint: {error}")
+    if checkpoints:
+        raise ValueError(f"{complaints[0]}; no good checkpoint is left: move {folder} away to start again")
+    return None, []
+
+
+def save(
+    folder: Path, model: nnx.Module, optimizer: nnx.Optimizer, meta: dict[str, Any], model_json: str
+) -> Checkpoint:
+    """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`."""
+    folder.mkdir(exist_ok=True)
+    remove_staging(folder)
+    name = _next_name(find_checkpoints(folder), meta["global_step"])
+    staging = folder / f"{STAGING}{name}"
+    staging.mkdir()
+    try:
+        weights = staging / MODEL_FILE
+        save_file(_host_arrays(nnx.state(model, nnx.Param)), weights, metadata={"model.json": model_json})
+        weights.chmod(0o644)
+        optimizer_state: Any = _host_arrays(nnx.state(optimizer))
+        ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), optimizer_state)
+        (staging / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
+        manifest = {file: _describe(staging / file) for file in _files(staging)}
+        (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        _sync_tree(staging)
+        staging.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _sync(folder)
+    checkpoint = Checkpoint(folder / name)
+    _link(folder, "latest", name)
+    if checkpoint.is_best:
+        _link(folder, "best", name)
+    return checkpoint
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every file with the manifest. Raises ValueError that names the first bad file."""
+    path = checkpoint.path
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_bytes())
+        expected = {file: (entry["size"], entry["sha256"]) for file, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST_FILE}: missing or unreadable ({type(error).__name__})") from None
+    found = set(_files(path)) - {MANIFEST_FILE}
+    for file in sorted(found ^ expected.keys()):
+        raise ValueError(f"{path / file}: {'missing' if file in expected else 'not in the manifest'}")
+    for file, (size, digest) in expected.items():
+        actual = _describe(path / file)
+        if (actual["size"], actual["sha256"]) != (size, digest):
+            raise ValueError(f"{path / file}: content differs from the manifest")
+
+
+def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+    """Put a verified checkpoint's arrays into a model and its optimiser.
+
+    Raises ValueError when names, shapes or dtypes differ from theirs; then both are as they were.
+    """
+    path = checkpoint.path
+    new_weights = _match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
+    saved: Any = ocp.load(str((path / OPTIMIZER_FOLDER).absolute()))
+    new_state = _match(nnx.state(optimizer), saved, path / OPTIMIZER_FOLDER)
+    nnx.update(model, new_weights)
+    nnx.update(optimizer, new_state)
+
+
+def load_model(path: Path, model: nnx.Module) -> None:
+    """Put the weights of one `model.safetensors` into a model; raises ValueError when they do not fit."""
+    nnx.update(model, _match(nnx.state(model, nnx.Param), load_weights(path), path))
+
+
+def read_model_json(path: Path) -> str:
+    """Read the `model.json` that rides in a weights file. Raises ValueError when the file does not have one."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a model.safetensors, found nothing; checkpoints/latest/ of a run has one")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if "model.json" not in metadata:
+        raise ValueError(f"{path}: expected a model.json in the file's metadata, found none; use one that we saved")
+    return metadata["model.json"]
+
+
+def load_weights(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove all but the `keep` newest checkpoints (None: all) and the newest best one."""
+    checkpoints = find_checkpoints(folder)
+    if keep is None or len(checkpoints) <= keep:
+        return
+    best = [c for c in checkpoints if c.is_best][-1:]
+    for checkpoint in checkpoints[:-keep]:
+        if checkpoint not in best:
+            doomed = checkpoint.path.with_name(f"{STAGING}{checkpoint.path.name}")  # never half a checkpoint
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def remove_staging(folder: Path) -> None:
+    """Remove what a killed process left half-written; only for the holder of the run's lock."""
+    for leftover in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(leftover)
+
+
+def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
+    # Names must sort in the order of commits, also when the clock was set back or a second has two checkpoints.
+    seconds = time.time()
+    if checkpoints:
+        newest = time.strptime(checkpoints[-1].path.name[:16], TIME_FORMAT)
+        seconds = max(seconds, calendar.timegm(newest) + 1)
+    return f"{time.strftime(TIME_FORMAT, time.gmtime(seconds))}-iteration-{global_step}"
+
+
+def _names(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
+    arrays = jax.device_get({name: variable.get_value() for name, variable in _names(state).items()})
+    return {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+
+
+def _match(state: nnx.State, saved: dict[str, np.ndarray], source: Path) -> nnx.State:
+    """Return `state` with the saved arrays in it; raise ValueError on the first difference in form."""
+    current = {name: variable.get_value() for name, variable in _names(state).items()}
+    if missing := sorted(current.keys() - saved.keys()):
+        raise ValueError(f"{source}: lacks {len(missing)} arrays that the model has, such as {missing[0]}")
+    if unknown := sorted(saved.keys() - current.keys()):
+        raise ValueError(f"{source}: has {len(unknown)} arrays that the model lacks, such as {unknown[0]}")
+    for name, array in current.items():
+        form, saved_form = (f"{a.dtype}{list(a.shape)}" for a in (array, saved[name]))
+        if form != saved_form:
+            raise ValueError(f"{source}: {name}: expected {form}, got {saved_form}")
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    placed = jax.device_put([saved[name] for name in current], [array.sharding for array in current.values()])
+    return nnx.from_flat_state(zip(paths, placed, strict=True))
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until every file and folder below is on the disk, the folder itself last."""
+    inside: Iterable[Path] = sorted(folder.rglob("*"), reverse=True)  # children before their folder
+    for path in [*inside, folder]:
+        _sync(path)
+
+
+def _link(folder: Path, link: str, target: str) -> None:
+    temporary = folder / f".{link}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(folder / link)

@@ -1,0 +1,227 @@
+"""The two JSON files of a run: every key, its default, its limits, and what changing it means on resume."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LARGEST_FILE_BYTES = 1_000_000  # a config is a page of text; anything longer is some other file
+
+JSON_NAMES = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "null",
+}
+
+OnResume = Literal["fatal", "announced", "free"]
+
+
+def key(on_resume: OnResume, default: Any = ..., **limits: Any) -> Any:
+    """Declare a config key: its class on resume, its default (none: required) and its pydantic limits."""
+    return Field(default, json_schema_extra={"on_resume": on_resume}, **limits)
+
+
+class Config(BaseModel):
+    """What both files share: strict types, no unknown keys, immutable once built."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def on_resume(cls, name: str) -> OnResume:
+        """Say whether a change of key `name` between two starts is fatal, announced or free."""
+        return cls.model_fields[name].json_schema_extra["on_resume"]  # type: ignore[index]
+
+
+class ModelConfig(Config):
+    """`model.json`: the shape of the model and which of GPT-2's parts it has.
+
+    `n_layers` 0 is the A-to-A shell: token embedding, un-embedding, and what the switches add.
+    """
+
+    vocab_size: int = key("fatal", ge=2, le=65_536)  # token ids are uint16
+    context_length: int = key("fatal", ge=1)
+    emb_dim: int = key("fatal", ge=1)
+    n_heads: int = key("fatal", ge=1)
+    n_layers: int = key("fatal", ge=0)
+    qkv_bias: bool = key("fatal")
+    position_embedding: bool = key("fatal", True)
+    pre_norm: bool = key("fatal", True)
+    shortcut: bool = key("fatal", True)
+    feed_forward: bool = key("fatal", True)
+    output_norm: bool = key("fatal", True)
+    attention_output_bias: bool = key("fatal", True)
+    tied_head: bool = key("fatal", False)
+
+    @model_validator(mode="after")
+    def heads_divide_the_embedding(self) -> Self:
+        if self.emb_dim % self.n_heads:
+            fitting = max(1, self.emb_dim // self.n_heads) * self.n_heads
+            raise ValueError(
+                f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}; use {fitting} or change n_heads"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.emb_dim // self.n_heads
+
+    def warnings(self) -> list[str]:
+        """Name what is legal but slow or surprising."""
+        if self.n_layers and (self.head_width % 8 or self.head_width > 128):
+            return [
+                f"head width {self.head_width} (emb_dim / n_heads): cuDNN attention takes multiples of 8 up to 128, "
+                "so a GPU will use slower attention"
+            ]
+        return []
+
+
+class MeshConfig(Config):
+    """How many devices share the batch (`data`) and the parameters (`fsdp`); -1 takes the rest."""
+
+    data: int = key("announced", -1, ge=-1, le=1)
+    fsdp: int = key("announced", 1, ge=1, le=1)
+
+    @model_validator(mode="after")
+    def one_device(self) -> Self:
+        if self.data == 0:
+            raise ValueError("data=0: expected -1 (all that are left) or 1")
+        return self
+
+
+class TrainConfig(Config):
+    """`train.json`: data, batch geometry, optimiser and housekeeping of one run."""
+
+    dataset: str = key("fatal", min_length=1)
+    microbatch_size: int = key("fatal", ge=1)  # sequences on each device
+    gradient_accumulation_steps: int = key("fatal", ge=1)
+    min_train_tokens: int = key("fatal", ge=-1)  # per epoch; -1: all of them
+    learning_rate: float = key("announced", gt=0, le=1e3)  # the schedule's peak
+
+    objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
+    microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
+    epochs: int = key("fatal", 1, ge=1)
+    start_train_token: int = key("fatal", 0, ge=0)
+    start_val_token: int = key("announced", 0, ge=0)
+    val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
+    weight_decay: float = key("announced", 0.01, ge=0)
+    warmup_period_percent: float = key("announced", 5.0, ge=0, lt=100)
+    clipping_max_norm: float = key("announced", 3.5, gt=0)
+    drop_rate: float = key("announced", 0.0, ge=0, lt=1)
+    seed: int = key("fatal", 42, ge=0, lt=2**31)
+    precision: Literal["float32", "bfloat16"] = key("announced", "float32")
+    checkpoint_interval: int = key("free", 250, ge=1)  # global steps
+    keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
+    max_consecutive_rejections: int = key("free", 10, ge=1)
+    sample_prompt: str = key("free", "Every effort moves you", min_length=1)
+    mesh: MeshConfig = key("announced", MeshConfig())
+
+    @model_validator(mode="after")
+    def sizes_fit_together(self) -> Self:
+        if self.min_train_tokens == 0:
+            raise ValueError("min_train_tokens=0: expected -1 (all tokens) or a positive number")
+        steps, per_call = self.gradient_accumulation_steps, self.microbatches_per_call
+        if per_call is not None and steps % per_call:
+            divisors = ", ".join(str(d) for d in range(1, steps + 1) if steps % d == 0)
+            raise ValueError(
+                f"microbatches_per_call={per_call} does not divide gradient_accumulation_steps={steps}; "
+                f"use one of {divisors}"
+            )
+        return self
+
+    @property
+    def calls_per_step(self) -> int:
+        """Compiled calls per global step: K / A of the design."""
+        return self.gradient_accumulation_steps // (self.microbatches_per_call or self.gradient_accumulation_steps)
+
+
+def tokens_per_global_step(model: ModelConfig, train: TrainConfig) -> int:
+    """Count the training tokens of one global step, all devices."""
+    return train.gradient_accumulation_steps * train.microbatch_size * model.context_length
+
+
+def steps_per_epoch(model: ModelConfig, train: TrainConfig, available_tokens: int | None = None) -> int | None:
+    """Count the global steps of one epoch: `min_train_tokens` rounded up to whole global steps.
+
+    `available_tokens` (from `start_train_token` to the end of the data) is needed for `min_train_tokens` -1 only;
+    one token of it is the last target. Returns None when it is needed and not given.
+    """
+    tokens_per_step = tokens_per_global_step(model, train)
+    if train.min_train_tokens != -1:
+        return -(-train.min_train_tokens // tokens_per_step)
+    return None if available_tokens is None else max(0, available_tokens - 1) // tokens_per_step
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(path: Path, config_class: type[C]) -> C:
+    """Read and validate one of the two files.
+
+    Raises ValueError with one line that names the file, the key, what was expected and what was found.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise ValueError(f"{path}: expected a config of a few lines, got {path.stat().st_size:,} bytes")
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a JSON file, found nothing; write one (runs/quickstart has both)") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: expected a JSON file, got a folder") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes at position {error.start}") from None
+    return parse_config(text, config_class, str(path))
+
+
+def parse_config(text: str, config_class: type[C], source: str) -> C:
+    """Validate the text of a config, which must be strict JSON; `source` names it in errors (ValueError)."""
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{source}: starts with a byte order mark (BOM); save it as plain UTF-8")
+    try:
+        content = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+        if isinstance(content, dict):
+            return config_class(**content)
+        complaint = f"expected a JSON object {{…}}, got {JSON_NAMES[type(content)]}"
+    except json.JSONDecodeError as error:
+        complaint = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    except pydantic.ValidationError as error:
+        complaint = _first_complaint(error, config_class)
+    except RecursionError:
+        complaint = "nested too deeply for a config"
+    except ValueError as error:
+        complaint = str(error)
+    raise ValueError(f"{source}: {complaint}")
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"duplicate key {name!r}; keep one")
+        content[name] = value
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; write a finite number")
+
+
+def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"missing key {name!r}"
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, list(config_class.model_fields), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
+        return f"unknown key {name!r}; {hint}"
+    if first["type"] == "value_error":  # from our own validators, which say it all
+        return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")
+    got = json.dumps(first["input"], default=str)
+    expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
+    return f"{name}: {expected}, got {got if len(got) <= 60 else got[:57] + '…'}"

@@ -1,0 +1,62 @@
+"""What a checkpoint remembers of the world it was trained in, and what of that may differ when it goes on."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from config import Config, ModelConfig, OnResume, TrainConfig
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]) -> dict[str, Any]:
+    """Return what goes into a checkpoint's meta file: both configs, versions, the fingerprints of the data."""
+    return {
+        "model_config": model.model_dump(),
+        "train_config": train.model_dump(),
+        "data": data,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a bit-for-bit repetition depends on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> list[str]:
+    """Compare configs and versions with a snapshot; return a line for every difference that is allowed.
+
+    Raises ValueError on a fatal change, and on an announced one unless `accept`.
+    """
+    changes: dict[OnResume, list[str]] = {"fatal": [], "announced": [], "free": []}
+    for old, new in ((saved["model_config"], model), (saved["train_config"], train)):
+        for name, change in _changes(old, new).items():
+            changes[new.on_resume(name)].append(change)
+    if changes["fatal"]:
+        raise ValueError(f"{'; '.join(changes['fatal'])}: this cannot change within a run; undo it or start a new run")
+    if changes["announced"] and not accept:
+        raise ValueError(f"{'; '.join(changes['announced'])}: undo it, or go on with --accept-changes")
+    differences = [f"since the checkpoint: {change}" for change in changes["announced"] + changes["free"]]
+    for name, version in versions().items():
+        if (old_version := saved["versions"].get(name)) != version:
+            differences.append(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
+    return differences
+
+
+def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
+    """Raise ValueError when the training tokens differ from a snapshot's, or the validation tokens unless `accept`."""
+    for split, remedy in (("train", "start a new run"), ("validation", "go on with --accept-changes")):
+        old, new = saved["data"][split], data[split]
+        if old != new and not (split == "validation" and accept):
+            raise ValueError(f"the {split} tokens are not the checkpoint's: {old} → {new}; restore them or {remedy}")
+
+
+def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
+    # A key that the snapshot lacks came with a later version, whose default is the old behaviour.
+    return {
+        name: f"{name}: {json.dumps(old[name])} → {json.dumps(value)}"
+        for name, value in new.model_dump().items()
+        if name in old and old[name] != value
+    }

@@ -1,0 +1,17 @@
+"""Mean loss over held-out batches."""
+
+import jax
+import numpy as np
+
+from data import TokenStream
+from model import GPTModel
+from steps import eval_step
+
+
+def mean_loss(model: GPTModel, stream: TokenStream) -> float:
+    """Average the loss over every whole batch of a token stream, in nats per token."""
+    losses = []
+    for step in range(stream.num_steps):
+        inputs_KBT, targets_KBT = jax.device_put(stream.batch(step))
+        losses += [eval_step(model, inputs_BT, targets_BT) for inputs_BT, targets_BT in zip(inputs_KBT, targets_KBT)]
+    return float(np.mean(jax.device_get(losses), dtype=np.float64))

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM: the first one asks for a stop at the next good moment, the second one leaves at once.
+
+A Python signal handler waits for the main thread, which may be inside XLA for minutes; so a second thread listens,
+through the file descriptor that Python's own C handler writes to.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class StopRequest:
+    """Whether, and by which signal, the user has asked for a stop."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM."""
+        assert self.signal_number is not None
+        return EXIT_CODES[signal.Signals(self.signal_number)]
+
+
+@contextlib.contextmanager
+def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request for as long as the block runs; must be entered by the main thread."""
+    request = StopRequest()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        while received := reader.recv(1):
+            if received[0] not in EXIT_CODES:
+                continue
+            if request:
+                print(f"\n{second_message}", file=sys.stderr, flush=True)
+                os._exit(request.exit_code)
+            request.signal_number = received[0]
+            print(f"\n{first_message}", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(previous_descriptor)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()

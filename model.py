@@ -1,0 +1,187 @@
+"""The GPT, top to bottom: GPT-2 with a switch for every part that the ladder adds.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), and the code published with it.
+
+Suffixes of array names: B batch, T positions, D embedding, N heads, H head width, F feed-forward width, V vocabulary,
+K or A microbatches.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from config import ModelConfig
+
+INIT_STD = 0.02
+NORM_EPSILON = 1e-5
+
+
+def initializer(std: float) -> nnx.Initializer:
+    return jax.nn.initializers.normal(std)
+
+
+class CausalSelfAttention(nnx.Module):
+    """Multi-head attention in which a position sees itself and what came before."""
+
+    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.n_heads = config.n_heads
+        self.query_key_value = nnx.Linear(
+            config.emb_dim,
+            3 * config.emb_dim,
+            use_bias=config.qkv_bias,
+            kernel_init=initializer(INIT_STD),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.output = nnx.Linear(
+            config.emb_dim,
+            config.emb_dim,
+            use_bias=config.attention_output_bias,
+            kernel_init=initializer(residual_std(config)),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.dropout = nnx.Dropout(drop_rate)
+
+    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+        batch, length, width = x_BTD.shape
+        heads = (batch, length, self.n_heads, width // self.n_heads)
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
+        if dropout_rngs is None or self.dropout.rate == 0:
+            mixed_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=attention_implementation(q_BTNH)
+            )
+        else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
+            weights_BNTT = causal_weights(q_BTNH, k_BTNH)
+            weights_BNTT = self.dropout(weights_BNTT, rngs=dropout_rngs).astype(v_BTNH.dtype)
+            mixed_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
+        return self.output(mixed_BTNH.reshape(x_BTD.shape))
+
+
+def attention_implementation(q_BTNH: jax.Array) -> Literal["cudnn", "xla"]:
+    """Choose cuDNN by name where it can serve: left to itself, JAX takes plain XLA on a GPU too."""
+    half_precision = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half_precision and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+
+
+def causal_weights(q_BTNH: jax.Array, k_BTNH: jax.Array) -> jax.Array:
+    """Return softmax attention weights (B, N, T, T) in float32, zero above the diagonal."""
+    scores_BNTT = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH, preferred_element_type=jnp.float32)
+    scores_BNTT = scores_BNTT * q_BTNH.shape[-1] ** -0.5
+    seen_TT = jnp.tril(jnp.ones(scores_BNTT.shape[-2:], bool))
+    return jax.nn.softmax(jnp.where(seen_TT[None, None], scores_BNTT, -jnp.inf), axis=-1)
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers, four times as wide inside, with GPT-2's tanh form of GELU between them."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width, inner = config.emb_dim, 4 * config.emb_dim
+        self.expand = nnx.Linear(width, inner, kernel_init=initializer(INIT_STD), dtype=dtype, rngs=rngs)
+        self.project = nnx.Linear(inner, width, kernel_init=initializer(residual_std(config)), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        hidden_BTF = jax.nn.gelu(self.expand(x_BTD), approximate=True)
+        return self.project(hidden_BTF)
+
+
+class Block(nnx.Module):
+    """Attention, then feed-forward; each normalised before and added to its input, as far as the switches say."""
+
+    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.shortcut = config.shortcut
+        self.attention_norm = layer_norm(config, rngs) if config.pre_norm else None
+        self.attention = CausalSelfAttention(config, drop_rate, dtype, rngs)
+        self.feed_forward_norm = layer_norm(config, rngs) if config.pre_norm and config.feed_forward else None
+        self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
+        self.dropout = nnx.Dropout(drop_rate)
+
+    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+        normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout_rngs), dropout_rngs)
+        if self.feed_forward is not None:
+            normed_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
+            x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout_rngs)
+        return x_BTD
+
+    def _add(self, x_BTD: jax.Array, change_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+        change_BTD = self.dropout(change_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
+        return x_BTD + change_BTD if self.shortcut else change_BTD.astype(x_BTD.dtype)
+
+
+class GPTModel(nnx.Module):
+    """Token ids in, logits out; `config.n_layers` 0 is the A-to-A shell.
+
+    Weights start as in GPT-2's code: normal with standard deviation 0.02, divided by √(2 · n_layers) where a layer
+    adds to the residual stream; biases 0, norms 1. The first loss is then ln(vocab_size) + 0.0002 · emb_dim with an
+    output norm (the logits' variance is emb_dim · 0.02², and half of that is lost) and ln(vocab_size) without one.
+
+    Parameters and the residual stream are float32; products are computed in `dtype`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, *, drop_rate: float = 0.0, dtype: DTypeLike = jnp.float32
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        init = initializer(INIT_STD)
+        self.token_embedding = nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
+        self.position_embedding = (
+            nnx.Embed(config.context_length, config.emb_dim, embedding_init=init, rngs=rngs)
+            if config.position_embedding
+            else None
+        )
+        self.dropout = nnx.Dropout(drop_rate)
+        self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
+        self.output_norm = layer_norm(config, rngs) if config.output_norm else None
+        self.head = (
+            None
+            if config.tied_head
+            else nnx.Linear(config.emb_dim, config.vocab_size, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return logits (B, T, V) for token ids (B, T) of any integer type, T at most `context_length`.
+
+        Dropout is active when `dropout_rngs` are given.
+        """
+        return self.unembed(self.hidden_states(tokens_BT, dropout_rngs))
+
+    def hidden_states(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head reads, (B, T, D), float32."""
+        length = tokens_BT.shape[1]
+        assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
+        x_BTD = self.token_embedding(tokens_BT.astype(jnp.int32))
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(jnp.arange(length))[None]
+        x_BTD = self.dropout(x_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, dropout_rngs)
+        return x_BTD if self.output_norm is None else self.output_norm(x_BTD)
+
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Return logits (…, V) for hidden states (…, D), in the compute dtype."""
+        flat = hidden_BTD.reshape(-1, self.config.emb_dim).astype(self.dtype)  # one large product, not B small ones
+        if self.head is not None:
+            logits = self.head(flat)
+        else:
+            logits = flat @ self.token_embedding.embedding[...].T.astype(self.dtype)
+        return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
+
+
+def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.emb_dim, epsilon=NORM_EPSILON, rngs=rngs)  # float32, whatever the compute dtype
+
+
+def residual_std(config: ModelConfig) -> float:
+    return INIT_STD / (2 * config.n_layers) ** 0.5
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Count the parameters of a model without building it."""
+    model = nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,57 @@
+"""What a run will be and what it will need, from its configs alone, before anything is fetched or compiled."""
+
+import shutil
+
+from config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from model import count_parameters
+from run_directory import RunDirectory
+
+GIB = 2**30
+
+
+def describe(run: RunDirectory, model: ModelConfig, train: TrainConfig, available_tokens: int | None) -> list[str]:
+    """Return the preflight, a line per subject; `available_tokens` None when the data are not there yet."""
+    parameters = count_parameters(model)
+    tokens_per_step = tokens_per_global_step(model, train)
+    steps = steps_per_epoch(model, train, available_tokens)
+    lines = [
+        f"model   {parameters:,} parameters: {model.n_layers} layers, {model.n_heads} heads, "
+        f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
+        f"step    {tokens_per_step:,} tokens: {train.gradient_accumulation_steps} microbatches of "
+        f"{train.microbatch_size} sequences, in {train.calls_per_step} compiled call(s), {train.precision}",
+    ]
+    if steps is None:
+        lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {train.epochs} epoch(s)")
+    else:
+        tokens = steps * train.epochs * tokens_per_step
+        lines.append(
+            f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
+            f"{tokens / parameters:.3g} tokens per parameter"
+        )
+    lines.append(_memory(model, train, parameters))
+    lines.append(_disk(run, train, parameters))
+    return lines + [f"WARNING {warning}" for warning in model.warnings()]
+
+
+def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:
+    """Estimate device memory: the state exactly, the activations of a microbatch as an upper guess."""
+    copies = 5 if train.calls_per_step > 1 else 4  # parameters, two moments, gradient; MultiSteps' accumulator
+    positions = train.microbatch_size * model.context_length
+    logits = 2 * 4 * positions * model.vocab_size  # float32 logits and their gradient
+    per_layer = 4 * positions * (16 * model.emb_dim + model.n_heads * model.context_length)
+    state, activations = 4 * copies * parameters, logits + model.n_layers * per_layer
+    return (
+        f"memory  about {(state + activations) / GIB:.2f} GiB: {state / GIB:.2f} parameters, moments and gradients, "
+        f"{activations / GIB:.2f} logits and activations"
+    )
+
+
+def _disk(run: RunDirectory, train: TrainConfig, parameters: int) -> str:
+    copies = 4 if train.calls_per_step > 1 else 3  # as above, without the gradient
+    checkpoint = 4 * copies * parameters
+    free = shutil.disk_usage(run.path).free
+    if train.keep_checkpoints is None:
+        return f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, all are kept; {free / GIB:.1f} GiB free"
+    needed = checkpoint * (train.keep_checkpoints + 2)  # the best one, and the one being written
+    line = f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, at most {needed / GIB:.2f} GiB; {free / GIB:.1f} GiB free"
+    return line if needed < free else f"{line}: WARNING: that is not enough"

@@ -1,0 +1,84 @@
+"""The only place that knows paths inside `runs/<name>/`, and the lock that keeps a second process out."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run: a folder with `model.json` and `train.json` (the user's) and everything that training adds."""
+
+    path: Path
+
+    @property
+    def model_config(self) -> Path:
+        return self.path / "model.json"
+
+    @property
+    def train_config(self) -> Path:
+        return self.path / "train.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def loss_chart(self) -> Path:
+        return self.path / "loss-chart.png"
+
+    @property
+    def learning_rate_chart(self) -> Path:
+        return self.path / "learning-rate-chart.png"
+
+    @property
+    def gradient_norm_chart(self) -> Path:
+        return self.path / "gradient-norm-chart.png"
+
+    def check(self) -> None:
+        """Raise ValueError unless the folder is there."""
+        if self.path.is_file():
+            raise ValueError(f"{self.path}: expected a run folder, got a file; name the folder that holds train.json")
+        if not self.path.is_dir():
+            raise ValueError(
+                f"{self.path}: expected a run folder, found nothing; `uv run train.py` lists the runs that are there"
+            )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; a lock left by a dead process does not count.
+
+        Raises ValueError naming host and process id when another process holds it, or when the folder is read-only.
+        """
+        lock_file = self.path / ".lock"
+        try:
+            descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot write here ({error.strerror}); make the folder writable") from None
+        with os.fdopen(descriptor, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = file.read().strip() or "another process"
+                raise ValueError(f"{self.path}: is being trained by {owner}; stop that one or wait for it") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+
+def find_runs(folder: Path) -> list[RunDirectory]:
+    """List the runs at and below `folder`, in order of their names."""
+    return [RunDirectory(path.parent) for path in sorted(folder.glob("**/train.json"))]

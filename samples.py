@@ -1,0 +1,27 @@
+"""`samples.txt`: one line per checkpoint, its global step and a completion."""
+
+import re
+from pathlib import Path
+
+LINE = re.compile(r"step (\d+) \| .*")
+
+
+def append(path: Path, global_step: int, text: str) -> None:
+    """Append a completion; its line breaks become a backslash and an n."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"step {global_step} | {_one_line(text)}\n")
+
+
+def cut_after(path: Path, global_step: int) -> None:
+    """Drop the completions of later global steps."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if not (match := LINE.match(line)) or int(match[1]) <= global_step]
+    shorter = path.with_suffix(".txt.tmp")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    shorter.replace(path)
+
+
+def _one_line(text: str) -> str:
+    return "\\n".join(text.splitlines())

@@ -1,0 +1,20 @@
+"""A model from one `model.safetensors`: its shape rides in the file, so a copied file works anywhere."""
+
+from pathlib import Path
+
+from flax import nnx
+
+from checkpointing import load_model, read_model_json
+from config import ModelConfig, parse_config
+from model import GPTModel
+
+
+def load_saved_model(path: Path) -> GPTModel:
+    """Build the model that a weights file describes and load its weights, for inference in float32.
+
+    Raises ValueError when the file is not one that training has saved.
+    """
+    config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
+    model = GPTModel(config, nnx.Rngs(0))
+    load_model(path, model)
+    return model

@@ -1,0 +1,52 @@
+"""Smoke check on the command line: does a model map a text to itself? `uv run test_a_to_a.py PATH/model.safetensors`.
+
+This is a program, not a pytest test.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+import command_line
+import tokenizer
+from mesh import describe_devices
+from model import GPTModel
+from saved_model import load_saved_model
+
+# The first verse of "The Rime of the Ancient Mariner", Samuel Taylor Coleridge, 1834.
+POEM = """It is an ancient Mariner,
+And he stoppeth one of three.
+'By thy long grey beard and glittering eye,
+Now wherefore stopp'st thou me?"""
+
+
+def main(args: argparse.Namespace) -> int:
+    describe_devices()
+    model = load_saved_model(args.model)
+    token_ids = tokenizer.encode(args.text)
+    if not token_ids:
+        raise ValueError("--text: expected some text, got none")
+    if max(token_ids) >= model.config.vocab_size:
+        raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+    predicted = most_likely(model, token_ids)
+    print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
+    matches = sum(given == found for given, found in zip(token_ids, predicted, strict=True))
+    print(f"{matches} of {len(token_ids)} tokens map to themselves")
+    return command_line.DONE if matches == len(token_ids) else command_line.FAILED
+
+
+def most_likely(model: GPTModel, token_ids: list[int]) -> list[int]:
+    """Return the likeliest output at every position; a text longer than the context is read in pieces."""
+    length = model.config.context_length
+    logits = nnx.jit(lambda model, tokens: model(tokens))
+    pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
+    return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
+
+
+if __name__ == "__main__":
+    parser = command_line.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
+    parser.add_argument("model", type=Path, help="a model.safetensors that train.py saved")
+    parser.add_argument("--text", default=POEM, help="another text than the first verse of the Ancient Mariner")
+    command_line.run(main, parser)

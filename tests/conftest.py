@@ -1,0 +1,84 @@
+"""What the tests share: strict JAX, one tiny model, one tiny run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from config import ModelConfig, TrainConfig
+from model import GPTModel
+
+jax.config.update("jax_num_cpu_devices", 8)  # one is used; code that takes them all would show
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parent.parent
+VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
+TINY_MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "context_length": CONTEXT_LENGTH,
+    "emb_dim": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "qkv_bias": False,
+}
+TINY_TRAIN = {
+    "dataset": "set by the fixture",
+    "microbatch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "min_train_tokens": 12 * 2 * 4 * CONTEXT_LENGTH,  # 12 global steps
+    "learning_rate": 0.01,
+    "checkpoint_interval": 5,
+    "val_tokens": 64,
+}
+
+
+def tiny_model_config(**changes):
+    return ModelConfig(**(TINY_MODEL | changes))
+
+
+def tiny_train_config(**changes):
+    return TrainConfig(**(TINY_TRAIN | changes))
+
+
+def tiny_model(seed=0, *, drop_rate=0.0, **changes):
+    return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate)
+
+
+def random_tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, count).astype(np.uint16)
+
+
+@pytest.fixture
+def token_folder(tmp_path):
+    """A dataset of random tokens below the tiny vocabulary."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    save_file({"tokens": random_tokens(2000)}, folder / "train.safetensors")
+    save_file({"tokens": random_tokens(200, seed=1)}, folder / "validation.safetensors")
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path, token_folder):
+    """Write a tiny run: `make_run("name", model={...}, train={...})` with changes to its two configs."""
+
+    def make(name="run", model=None, train=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.json").write_text(json.dumps(TINY_MODEL | (model or {})))
+        (folder / "train.json").write_text(json.dumps(TINY_TRAIN | {"dataset": str(token_folder)} | (train or {})))
+        return folder
+
+    return make
+
+
+def run_program(*arguments, cwd=ROOT, **options):
+    """Run one of the programs as a user would; returns the finished process with its text output."""
+    command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)

