@@ -1,8 +1,10 @@
 """What the tests share: strict JAX, one tiny model, one tiny run."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,6 +18,17 @@ from model import GPTModel
 
 jax.config.update("jax_num_cpu_devices", 8)  # one is used; code that takes them all would show
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# One compilation cache for this session and the programs that it starts: tests compile the same few things.
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+CACHE_OPTIONS = {
+    "jax_compilation_cache_dir": CACHE.name,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for option, value in CACHE_OPTIONS.items():
+    jax.config.update(option, value)
+os.environ |= {option.upper(): str(value) for option, value in CACHE_OPTIONS.items()}
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
@@ -48,6 +61,12 @@ def tiny_train_config(**changes):
 
 def tiny_model(seed=0, *, drop_rate=0.0, **changes):
     return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate)
+
+
+@nnx.jit
+def logits(model, tokens, dropout_rngs=None):
+    """Call a model compiled: op by op, every operation would be compiled on its own."""
+    return model(tokens, dropout_rngs)
 
 
 def random_tokens(count, seed=0):

@@ -1,0 +1,39 @@
+"""The floors of the house: a module imports only from lower floors, programs never import programs."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+FLOORS = [
+    {"command_line", "config", "interruption", "mesh", "metrics", "run_directory", "samples", "tokenizer"},
+    {"builtin_data", "charts", "data", "drift", "inspection", "loss", "model", "optimizer"},
+    {"dataset_sources", "preflight", "steps"},
+    {"checkpointing", "evaluation", "generation"},
+    {"saved_model"},
+    {"test_a_to_a", "test_generation", "train"},
+]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_every_module_has_a_floor():
+    assert {path.stem for path in ROOT.glob("*.py")} == FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("name", FLOOR_OF)
+def test_a_module_imports_only_from_lower_floors(name):
+    too_high = {other for other in imports(ROOT / f"{name}.py") if FLOOR_OF.get(other, -1) >= FLOOR_OF[name]}
+    assert not too_high
+
+
+@pytest.mark.parametrize("name", FLOORS[0] - {"mesh"} | {"charts"})
+def test_floors_without_arrays_never_touch_jax(name):
+    assert not {module for module in imports(ROOT / f"{name}.py") if module.split(".")[0] in ("jax", "flax", "optax")}

@@ -1,0 +1,115 @@
+"""The manners of the programs: exit codes, one-line errors, `--debug`."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import command_line
+
+
+@pytest.fixture
+def outcome(monkeypatch, capsys):
+    """Run a `main` under the shared manners: its exit code, standard output and standard error."""
+
+    def run(main, *arguments):
+        parser = command_line.ArgumentParser("A program.")
+        parser.add_argument("--steps", type=int)
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            command_line.run(main, parser)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_the_exit_code_is_what_main_returns(outcome, code):
+    assert outcome(lambda args: code) == (code, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("train.json: bad"), 2, "train.json: bad"),
+        (RuntimeError("the loss is not finite"), 1, "the loss is not finite"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (RuntimeError("first\n  second\r\n\tthird"), 1, "first second third"),
+        (KeyError("emb_dim"), 1, "KeyError: 'emb_dim'; --debug shows where"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero; --debug shows where"),
+        (RuntimeError(), 1, "RuntimeError: ; --debug shows where"),
+        (MemoryError(), 1, "out of memory; use a smaller microbatch_size and more gradient_accumulation_steps ()"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(outcome, error, code, line):
+    assert outcome(raising(error)) == (code, "", f"error: {line}\n")
+
+
+def test_an_exhausted_device_is_out_of_memory_in_one_short_line(outcome):
+    code, _, stderr = outcome(raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n" + "buffer\n" * 1000)))
+    assert code == 1
+    assert stderr.startswith("error: out of memory; use a smaller microbatch_size")
+    assert stderr.count("\n") == 1
+    assert len(stderr) < 400
+
+
+def test_an_interrupt_exits_130(outcome):
+    assert outcome(raising(KeyboardInterrupt())) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyError("bad")])
+def test_debug_shows_the_traceback_and_ends_on_the_same_line(outcome, error):
+    code, _, stderr = outcome(raising(error), "--debug")
+    *traceback, last = stderr.splitlines()
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert any("raise error" in line for line in traceback)
+    assert (code, "", f"{last}\n") == outcome(raising(error))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--unknown"], ["extra"], ["--steps", "many"], ["--steps"], ["--deb"], ["two\nlines"]]
+)
+def test_a_wrong_argument_is_one_line_and_exits_2(outcome, arguments):
+    code, stdout, stderr = outcome(lambda args: 0, *arguments)
+    assert (code, stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+; see \S+ --help\n", stderr)
+
+
+def test_help_exits_0_and_knows_debug(outcome):
+    code, stdout, _ = outcome(lambda args: 1, "--help")
+    assert code == 0
+    assert "--debug" in stdout
+
+
+def test_arguments_reach_main(outcome):
+    assert outcome(lambda args: args.steps, "--steps", "7")[0] == 7
+
+
+def test_every_line_that_is_said_carries_a_date(capsys):
+    command_line.say("step 3")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 3\n", capsys.readouterr().out)
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    program = """
+import command_line
+def main(args):
+    while True:
+        print("line")
+command_line.run(main, command_line.ArgumentParser("A program."))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1

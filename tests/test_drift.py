@@ -1,0 +1,102 @@
+"""What may differ between a checkpoint and the run that goes on from it."""
+
+import json
+
+import pytest
+from conftest import tiny_model_config, tiny_train_config
+
+import drift
+
+DATA = {"train": "2000 tokens, sha256 aa", "validation": "200 tokens, sha256 bb"}
+
+
+@pytest.fixture
+def saved():
+    """A snapshot as it comes back from a checkpoint's JSON."""
+    return json.loads(json.dumps(drift.snapshot(tiny_model_config(), tiny_train_config(), DATA)))
+
+
+def check(saved, model=None, train=None, *, accept=False):
+    return drift.check_configs(saved, tiny_model_config(**model or {}), tiny_train_config(**train or {}), accept=accept)
+
+
+def test_nothing_changed_is_nothing_to_say(saved):
+    assert check(saved) == []
+    drift.check_data(saved, DATA, accept=False)
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize(
+    ("model", "train", "change"),
+    [
+        ({"emb_dim": 64}, {}, "emb_dim: 32 → 64"),
+        ({"tied_head": True}, {}, "tied_head: false → true"),
+        ({}, {"seed": 43}, "seed: 42 → 43"),
+        ({}, {"microbatch_size": 3}, "microbatch_size: 2 → 3"),
+        ({}, {"microbatches_per_call": 2}, "microbatches_per_call: null → 2"),
+        ({}, {"objective": "a-to-a"}, 'objective: "next-token" → "a-to-a"'),
+    ],
+)
+def test_a_fatal_change_is_refused_with_old_and_new_value_whatever_is_accepted(saved, model, train, change, accept):
+    with pytest.raises(ValueError) as caught:
+        check(saved, model, train, accept=accept)
+    assert str(caught.value).startswith(f"{change}: this cannot change within a run")
+
+
+def test_all_fatal_changes_are_named_at_once(saved):
+    with pytest.raises(ValueError, match="n_layers: 2 → 3; epochs: 1 → 2: "):
+        check(saved, {"n_layers": 3}, {"epochs": 2, "learning_rate": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("train", "change"),
+    [
+        ({"learning_rate": 0.02}, "learning_rate: 0.01 → 0.02"),
+        ({"precision": "bfloat16"}, 'precision: "float32" → "bfloat16"'),
+        ({"mesh": {"data": 1}}, 'mesh: {"data": -1, "fsdp": 1} → {"data": 1, "fsdp": 1}'),
+    ],
+)
+def test_an_announced_change_needs_to_be_accepted(saved, train, change):
+    with pytest.raises(ValueError) as caught:
+        check(saved, train=train)
+    assert str(caught.value).startswith(change)
+    assert "--accept-changes" in str(caught.value)
+    assert check(saved, train=train, accept=True) == [f"since the checkpoint: {change}"]
+
+
+def test_a_free_change_is_only_reported(saved):
+    assert check(saved, train={"checkpoint_interval": 7}) == ["since the checkpoint: checkpoint_interval: 5 → 7"]
+
+
+def test_another_version_is_reported(saved):
+    saved["versions"]["jax"] = "0.1.2"
+    del saved["versions"]["optax"]
+    lines = check(saved)
+    assert len(lines) == 2
+    assert lines[0].startswith("since the checkpoint: jax 0.1.2 → ")
+    assert lines[1].startswith("since the checkpoint: optax None → ")
+
+
+@pytest.mark.parametrize("name", ["python", "jax", "flax", "optax", "orbax-checkpoint"])
+def test_the_versions_are_those_that_a_repetition_depends_on(saved, name):
+    assert saved["versions"][name][0].isdigit()
+
+
+def test_a_key_that_came_after_the_checkpoint_is_no_change(saved):
+    del saved["train_config"]["epochs"], saved["model_config"]["tied_head"]
+    assert check(saved) == []
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize("old", ["1999 tokens, sha256 cc", None])
+def test_other_training_tokens_are_refused_whatever_is_accepted(saved, old, accept):
+    saved["data"]["train"] = old
+    with pytest.raises(ValueError, match=f"train tokens are not the checkpoint's: {old} → 2000 tokens.*new run"):
+        drift.check_data(saved, DATA, accept=accept)
+
+
+@pytest.mark.parametrize("new", ["1999 tokens, sha256 cc", None])
+def test_other_validation_tokens_need_to_be_accepted(saved, new):
+    with pytest.raises(ValueError, match=f"validation tokens .* → {new}; .*--accept-changes"):
+        drift.check_data(saved, DATA | {"validation": new}, accept=False)
+    drift.check_data(saved, DATA | {"validation": new}, accept=True)

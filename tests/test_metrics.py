@@ -1,0 +1,92 @@
+"""`metrics.jsonl`: strict JSON lines, torn ends, and the cut on resume."""
+
+import json
+import math
+
+import pytest
+
+import metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def records(*steps):
+    return [{"global_step": step, "loss": 10 / (step + 1)} for step in steps]
+
+
+def test_no_file_is_no_records(path):
+    assert metrics.read(path) == []
+
+
+def test_what_was_appended_is_read_oldest_first(path):
+    metrics.append(path, records(0, 1))
+    metrics.append(path, records(2), durable=True)
+    assert metrics.read(path) == records(0, 1, 2)
+
+
+def test_each_record_is_one_line_of_json_that_any_reader_understands(path):
+    metrics.append(path, [{"global_step": 1, "note": "two\nlines – ü", "val_loss": None}])
+    assert path.read_bytes().count(b"\n") == 1
+    assert json.loads(path.read_text(encoding="utf-8"))["note"] == "two\nlines – ü"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_does_not_have_is_never_written(path, number):
+    with pytest.raises(ValueError, match="JSON"):
+        metrics.append(path, [{"global_step": 1, "loss": number}])
+    assert metrics.read(path) == []
+
+
+@pytest.mark.parametrize(("number", "written"), [(1.5, 1.5), (math.nan, None), (math.inf, None), (-math.inf, None)])
+def test_a_number_that_is_not_finite_becomes_null(number, written):
+    assert metrics.finite(number) == written
+
+
+@pytest.mark.parametrize("torn", ["{", '{"global_step": 2', '{"global_step": 2, "loss": 1.0}', "\x00\x00", "\udcff"])
+def test_a_torn_last_line_is_ignored(path, torn):
+    metrics.append(path, records(0, 1))
+    with path.open("ab") as file:
+        file.write(torn.encode("utf-8", "surrogateescape"))
+    assert metrics.read(path) == records(0, 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["", "{", "7", "null", "[]", '"global_step"', "{}", '{"global_step": "2"}', '{"global_step": null}', "[" * 9999],
+)
+def test_any_other_bad_line_is_an_error_that_names_it(path, bad):
+    lines = [*map(json.dumps, records(0, 1)), bad, json.dumps(records(3)[0])]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError) as caught:
+        metrics.read(path)
+    assert str(caught.value).startswith(f"{path}: line 3 ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3])])
+def test_the_cut_keeps_the_lines_up_to_the_step(path, step, kept):
+    metrics.append(path, records(0, 1, 2, 3))
+    assert metrics.cut_after(path, step) == records(*kept)
+    assert metrics.read(path) == records(*kept)
+
+
+def test_the_cut_drops_a_torn_line_so_that_the_next_one_is_whole(path):
+    metrics.append(path, records(0, 1))
+    with path.open("a") as file:
+        file.write('{"global_st')
+    metrics.cut_after(path, 1)
+    metrics.append(path, records(2))
+    assert metrics.read(path) == records(0, 1, 2)
+
+
+def test_the_cut_leaves_no_other_file_behind(path):
+    assert metrics.cut_after(path, 5) == []
+    assert not path.exists()
+    metrics.append(path, records(0, 1))
+    path.with_suffix(".jsonl.tmp").write_text("left by a killed process")
+    metrics.cut_after(path, 0)
+    assert list(path.parent.iterdir()) == [path]
+    assert metrics.read(path) == records(0)

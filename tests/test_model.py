@@ -1,0 +1,200 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
+from flax import nnx
+
+from config import ModelConfig
+from model import GPTModel, causal_weights, count_parameters
+
+GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
+SHELL = {"n_layers": 0, "position_embedding": False, "output_norm": False}
+
+
+def tokens_BT(batch=2, length=CONTEXT_LENGTH, seed=0):
+    return random_tokens(batch * length, seed).reshape(batch, length)
+
+
+def numpy_gpt2(model, tokens):
+    """GPT-2's forward pass in float64 from the paper's description, one sequence, one head at a time."""
+    weights = {".".join(map(str, path)): np.float64(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
+    config = model.config
+
+    def linear(x, name):
+        return x @ weights[f"{name}.kernel"] + weights.get(f"{name}.bias", 0.0)
+
+    def norm(x, name):
+        if f"{name}.scale" not in weights:
+            return x
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt(centred.var(-1, keepdims=True) + 1e-5)
+        return scaled * weights[f"{name}.scale"] + weights[f"{name}.bias"]
+
+    def attention(x, name):
+        mixed = np.zeros_like(x)
+        width = config.emb_dim // config.n_heads
+        queries, keys, values = np.split(linear(x, f"{name}.query_key_value"), 3, axis=-1)
+        for head in range(config.n_heads):
+            part = slice(head * width, (head + 1) * width)
+            for now in range(len(x)):
+                scores = keys[: now + 1, part] @ queries[now, part] / np.sqrt(width)
+                shares = np.exp(scores - scores.max())
+                mixed[now, part] = shares / shares.sum() @ values[: now + 1, part]
+        return linear(mixed, f"{name}.output")
+
+    def feed_forward(x, name):
+        x = linear(x, f"{name}.expand")
+        gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return linear(gelu, f"{name}.project")
+
+    x = weights["token_embedding.embedding"][tokens]
+    if config.position_embedding:
+        x = x + weights["position_embedding.embedding"][: len(tokens)]
+    keep = 1.0 if config.shortcut else 0.0
+    for layer in range(config.n_layers):
+        block = f"blocks.{layer}"
+        x = keep * x + attention(norm(x, f"{block}.attention_norm"), f"{block}.attention")
+        if config.feed_forward:
+            x = keep * x + feed_forward(norm(x, f"{block}.feed_forward_norm"), f"{block}.feed_forward")
+    x = norm(x, "output_norm")
+    head = weights["token_embedding.embedding"].T if config.tied_head else weights["head.kernel"]
+    return x @ head
+
+
+def with_larger_weights(model):
+    """Scale the parameters up and the biases away from 0, so that every part of the model matters."""
+    for seed, (_, parameter) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.Param))):
+        noise = jax.random.normal(jax.random.key(seed), parameter.shape)
+        parameter[...] = 5 * parameter[...] + 0.1 * noise
+    return model
+
+
+SWITCHES = [
+    {},
+    {"qkv_bias": True},
+    {"position_embedding": False},
+    {"pre_norm": False},
+    {"shortcut": False},
+    {"feed_forward": False},
+    {"output_norm": False},
+    {"attention_output_bias": False},
+    {"tied_head": True},
+    SHELL,
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_the_forward_pass_is_the_one_of_a_plain_numpy_gpt2(switches):
+    model = with_larger_weights(tiny_model(**switches))
+    tokens = tokens_BT()
+    expected = np.stack([numpy_gpt2(model, sequence) for sequence in tokens])
+    np.testing.assert_allclose(logits(model, tokens), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_no_position_sees_a_later_one():
+    model = with_larger_weights(tiny_model())
+    x = jax.random.normal(jax.random.key(0), (1, CONTEXT_LENGTH, 32))
+    graph, state = nnx.split(model.blocks)
+
+    def output_at(x, position):
+        for block in nnx.merge(graph, state):
+            x = block(x, None)
+        return x[0, position].sum()
+
+    gradient = jax.jit(jax.grad(output_at))
+    for position in (0, 5, CONTEXT_LENGTH - 1):
+        influence = np.abs(gradient(x, position)[0]).sum(axis=-1)
+        assert (influence[: position + 1] > 0).all()
+        assert (influence[position + 1 :] == 0).all()
+
+
+def test_attention_weights_for_dropout_are_those_of_the_fused_attention():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 8))
+    fused = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(jnp.einsum("bnts,bsnh->btnh", causal_weights(q, k), v), fused, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("output_bias", "expected"), [(True, 163_009_536), (False, 163_000_320)])
+def test_gpt2_small_has_the_published_number_of_parameters(output_bias, expected):
+    assert count_parameters(ModelConfig(**GPT2_SMALL, qkv_bias=False, attention_output_bias=output_bias)) == expected
+
+
+def test_a_tied_head_with_query_key_value_biases_has_the_size_of_openais_gpt2():
+    assert count_parameters(ModelConfig(**GPT2_SMALL, qkv_bias=True, tied_head=True)) == 124_439_808
+
+
+@pytest.mark.parametrize("n_layers", [1, 12])
+def test_initial_weights_have_gpt2s_standard_deviations(n_layers):
+    model = GPTModel(ModelConfig(**GPT2_SMALL | {"n_layers": n_layers, "vocab_size": 1000}, qkv_bias=True), nnx.Rngs(1))
+    block = model.blocks[n_layers - 1]
+    for weight in (model.token_embedding.embedding, block.feed_forward.expand.kernel, model.head.kernel):
+        assert np.std(weight[...]) == pytest.approx(0.02, rel=0.02)
+    for weight in (block.attention.output.kernel, block.feed_forward.project.kernel):
+        assert np.std(weight[...]) == pytest.approx(0.02 / np.sqrt(2 * n_layers), rel=0.02)
+    assert not np.any(block.attention.query_key_value.bias[...])
+
+
+@pytest.mark.parametrize(
+    ("switches", "tolerance"),
+    [(SHELL, 0.01), (SHELL | {"output_norm": True}, 0.2), ({}, 0.2), ({"pre_norm": False}, 0.2)],
+    ids=str,
+)
+def test_the_first_loss_is_that_of_a_uniform_guess(switches, tolerance):
+    config = ModelConfig(**GPT2_SMALL | {"context_length": 64, "n_layers": 2} | switches, qkv_bias=False)
+    tokens = np.random.default_rng(0).integers(0, 50257, (1, 64))
+    log_shares = jax.nn.log_softmax(logits(GPTModel(config, nnx.Rngs(0)), tokens)[0])
+    targets = np.random.default_rng(1).integers(0, 50257, 64)
+    assert -log_shares[np.arange(64), targets].mean() == pytest.approx(np.log(50257), abs=tolerance)
+
+
+def test_dropout_is_off_unless_asked_for():
+    model = tiny_model(drop_rate=0.5)
+    tokens = tokens_BT()
+    np.testing.assert_array_equal(logits(model, tokens), logits(tiny_model(), tokens))
+    assert np.abs(logits(model, tokens, nnx.Rngs(dropout=1)) - logits(model, tokens)).max() > 0.01
+
+
+def test_dropout_is_a_function_of_its_key():
+    model, tokens = tiny_model(drop_rate=0.5), tokens_BT()
+    first, again, other = (logits(model, tokens, nnx.Rngs(dropout=seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+def test_dropout_keeps_the_mean_of_the_hidden_states():
+    model = tiny_model(drop_rate=0.25, **SHELL)
+    tokens = tokens_BT()
+    graph, state = nnx.split(model)
+
+    def dropped(seed):
+        return nnx.merge(graph, state).hidden_states(tokens, nnx.Rngs(dropout=jax.random.key(seed)))
+
+    samples = jax.jit(jax.vmap(dropped))(jnp.arange(4000))
+    np.testing.assert_allclose(samples.mean(0), model.hidden_states(tokens), atol=4 * 0.06 * np.sqrt(1 / 3 / 4000))
+    assert np.mean(samples == 0) == pytest.approx(0.25, abs=0.01)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_residuals():
+    model = GPTModel(tiny_model_config(), nnx.Rngs(0), dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert nnx.eval_shape(lambda model: model.hidden_states(tokens_BT()), model).dtype == jnp.float32
+    half = logits(model, tokens_BT())
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(half), logits(tiny_model(), tokens_BT()), atol=0.01)
+
+
+def test_a_sequence_longer_than_the_context_is_refused():
+    with pytest.raises(AssertionError, match="context_length"):
+        tiny_model()(tokens_BT(length=CONTEXT_LENGTH + 1))
+
+
+def test_shorter_sequences_give_the_logits_of_the_longer_ones_beginning():
+    model = with_larger_weights(tiny_model())
+    np.testing.assert_allclose(
+        logits(model, tokens_BT()[:, :5]), logits(model, tokens_BT())[:, :5], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_logits_cover_the_vocabulary():
+    assert logits(tiny_model(), tokens_BT()).shape == (2, CONTEXT_LENGTH, VOCAB_SIZE)

@@ -1,0 +1,135 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONTEXT_LENGTH, logits, random_tokens, tiny_model, tiny_train_config
+from flax import nnx
+
+from data import TokenStream
+from loss import cross_entropy
+from optimizer import make_optimizer
+from steps import eval_step, mean_gradient, train_step
+
+K, B = 4, 2
+SEED_KEY = jax.random.key(7)
+
+
+def stream(microbatches=K, sequences=B, objective="next-token"):
+    return TokenStream(jax.device_put(random_tokens(2000)), (microbatches, sequences, CONTEXT_LENGTH), objective, 0)
+
+
+def trained(per_call, num_steps=5, drop_rate=0.0, model=None):
+    """Train a tiny model; returns its parameters by name and the losses of its global steps."""
+    config = tiny_train_config(microbatches_per_call=per_call, gradient_accumulation_steps=K)
+    model = model or tiny_model(drop_rate=drop_rate)
+    optimizer = make_optimizer(model, config, total_steps=20)
+    losses = []
+    for step in range(num_steps):
+        calls = stream().calls(step, config.calls_per_step)
+        losses.append(np.mean([train_step(model, optimizer, call, SEED_KEY, config)["loss"] for call in calls]))
+    return parameters(model), losses
+
+
+def parameters(model):
+    return {path: np.array(value[...]) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_accumulating_k_microbatches_is_one_batch_k_times_as_large():
+    model = tiny_model()
+    [small], [large] = stream(K, B).calls(3), stream(1, K * B).calls(3)
+    gradient = nnx.jit(mean_gradient)
+    chex.assert_trees_all_close(
+        gradient(model, small, SEED_KEY), gradient(model, large, SEED_KEY), rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
+def test_every_division_into_calls_gives_the_same_parameters(drop_rate):
+    whole, losses = trained(K, drop_rate=drop_rate)
+    for per_call in (1, 2):
+        parts, other_losses = trained(per_call, drop_rate=drop_rate)
+        np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+        for path, value in whole.items():
+            # Where a gradient is nearly 0, AdamW divides rounding by rounding: half a percent of the distance moved.
+            np.testing.assert_allclose(parts[path], value, atol=2e-4, err_msg=str(path))
+
+
+def test_the_gradient_is_that_of_the_mean_loss():
+    model = tiny_model()
+    inputs_KBT, targets_KBT = stream().batch(0)
+
+    def mean_loss(model):
+        return jnp.mean(jnp.array([cross_entropy(model(x), y) for x, y in zip(inputs_KBT, targets_KBT, strict=True)]))
+
+    expected_loss, expected = nnx.jit(nnx.value_and_grad(mean_loss))(model)
+    loss, grads = nnx.jit(mean_gradient)(model, *stream().calls(0), SEED_KEY)
+    assert loss == pytest.approx(float(expected_loss), rel=1e-6)
+    chex.assert_trees_all_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_the_training_loss_falls():
+    _, losses = trained(K, num_steps=12)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_dropout_differs_between_steps_and_microbatches_and_repeats_with_them():
+    model = tiny_model(drop_rate=0.5)
+    gradient = nnx.jit(mean_gradient)
+    [batch] = stream().calls(0)
+    alike = batch._replace(inputs=batch.inputs[:1], targets=batch.targets[:1])
+
+    def loss_at(step, microbatch):
+        return float(gradient(model, alike._replace(position=np.array([step, microbatch], np.uint32)), SEED_KEY)[0])
+
+    assert loss_at(0, 0) == loss_at(0, 0)
+    assert len({loss_at(0, 0), loss_at(0, 1), loss_at(1, 0), loss_at(1, 1)}) == 4
+
+
+def test_a_step_is_traced_once_and_its_inputs_are_donated():
+    model, config = tiny_model(), tiny_train_config()
+    optimizer = make_optimizer(model, config, total_steps=20)
+    old = [leaf for leaf in jax.tree.leaves((nnx.state(model), nnx.state(optimizer))) if leaf.size > 1]
+    traces = train_step.jitted_fn._cache_size() if hasattr(train_step, "jitted_fn") else 0
+    for step in range(3):
+        [call] = stream().calls(step)
+        train_step(model, optimizer, jax.device_put(call), SEED_KEY, config)
+    assert all(leaf.is_deleted() for leaf in old)
+    if hasattr(train_step, "jitted_fn"):
+        assert train_step.jitted_fn._cache_size() - traces <= 1
+
+
+def test_the_step_moves_nothing_between_host_and_device_unasked():
+    model, config = tiny_model(), tiny_train_config()
+    optimizer = make_optimizer(model, config, total_steps=20)
+    placed = [jax.device_put(stream().calls(step)[0]) for step in range(2)]
+    train_step(model, optimizer, placed[0], SEED_KEY, config)
+    with jax.transfer_guard("disallow"):
+        train_step(model, optimizer, placed[1], SEED_KEY, config)
+
+
+def test_a_poisoned_parameter_rejects_the_update_and_changes_nothing():
+    model = tiny_model()
+    embedding = model.token_embedding.embedding
+    embedding[...] = embedding[...].at[5].set(jnp.nan)
+    before = parameters(model)
+    after, losses = trained(K, num_steps=2, model=model)
+    assert np.isnan(losses).all()
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_the_a_to_a_shell_learns_to_repeat_its_input():
+    model = tiny_model(n_layers=0, position_embedding=False, output_norm=False)
+    config = tiny_train_config(learning_rate=0.1)
+    optimizer = make_optimizer(model, config, total_steps=60)
+    data = stream(objective="a-to-a")
+    for step in range(60):
+        train_step(model, optimizer, *data.calls(step), SEED_KEY, config)
+    everything = np.arange(96, dtype=np.uint16).reshape(6, 16)
+    np.testing.assert_array_equal(logits(model, everything).argmax(-1), everything)
+
+
+def test_evaluation_is_the_loss_without_dropout():
+    inputs_KBT, targets_KBT = stream().batch(0)
+    found = eval_step(tiny_model(drop_rate=0.5), inputs_KBT[0], targets_KBT[0])
+    assert found == pytest.approx(float(cross_entropy(logits(tiny_model(), inputs_KBT[0]), targets_KBT[0])), rel=1e-6)
