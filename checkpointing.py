@@ -48,7 +48,7 @@ class Checkpoint:
         """What was saved beside the arrays. Raises ValueError when it is unreadable."""
         try:
             return json.loads((self.path / META_FILE).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.path / META_FILE}: unreadable ({error})") from None
 
     @property
@@ -136,13 +136,16 @@ def verify(checkpoint: Checkpoint) -> None:
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_bytes())
         expected = {file: (entry["size"], entry["sha256"]) for file, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / MANIFEST_FILE}: missing or unreadable ({type(error).__name__})") from None
     found = set(_files(path)) - {MANIFEST_FILE}
     for file in sorted(found ^ expected.keys()):
         raise ValueError(f"{path / file}: {'missing' if file in expected else 'not in the manifest'}")
     for file, (size, digest) in expected.items():
-        actual = _describe(path / file)
+        try:
+            actual = _describe(path / file)
+        except OSError as error:
+            raise ValueError(f"{path / file}: unreadable ({error.strerror})") from None
         if (actual["size"], actual["sha256"]) != (size, digest):
             raise ValueError(f"{path / file}: content differs from the manifest")
 

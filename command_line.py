@@ -1,11 +1,13 @@
 """The manners that all programs share: one-line errors, exit codes, `--debug`, dated lines."""
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -20,8 +22,34 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(USAGE)
+
+
+class _LastingStream:
+    """Output that does not fail when its reader leaves, as `tee` does with the Ctrl-C that stops the training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._give_up(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._give_up(0)
+
+    def _give_up(self, written: int) -> int:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # nobody reads what is still to come
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(line: str) -> None:
@@ -29,26 +57,29 @@ def say(line: str) -> None:
     tqdm.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
 
-def run(main: Callable[[argparse.Namespace], int], parser: ArgumentParser) -> NoReturn:
-    """Parse the arguments, run `main`, and turn what it raises into one line and an exit code.
+def run(
+    main: Callable[[argparse.Namespace], int], parser: ArgumentParser, arguments: list[str] | None = None
+) -> NoReturn:
+    """Parse the command line (or `arguments`), run `main`, turn what it raises into one line and an exit code.
 
     ValueError is what the user can mend (2); everything else is a failed run (1).
     """
-    args = parser.parse_args()
-    try:
-        code = main(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left: `train.py | head`
-        sys.stderr.close()
-        code = FAILED
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        code = USAGE if isinstance(error, ValueError) else FAILED
+    args = parser.parse_args(arguments)
+    output: Any = _LastingStream(sys.stdout)
+    errors: Any = _LastingStream(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = main(args)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = INTERRUPTED
+        except Exception as error:
+            if args.debug:
+                traceback.print_exc()
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            code = USAGE if isinstance(error, ValueError) else FAILED
+        output.flush()
+        errors.flush()
     raise SystemExit(code)
 
 

@@ -169,7 +169,7 @@ def load_config(path: Path, config_class: type[C]) -> C:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ValueError(f"{path}: expected a config of a few lines, got {path.stat().st_size:,} bytes")
         text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: expected a JSON file, found nothing; write one (runs/quickstart has both)") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: expected a JSON file, got a folder") from None
@@ -217,7 +217,8 @@ def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]
     if first["type"] == "missing":
         return f"missing key {name!r}"
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, list(config_class.model_fields), n=1)
+        known = [*config_class.model_fields, *(f"mesh.{inner}" for inner in MeshConfig.model_fields)]
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "value_error":  # from our own validators, which say it all

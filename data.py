@@ -39,8 +39,10 @@ def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
     """
     available = count_tokens(path)
     stop = available if count is None else start + count
-    if stop > available or start > available:
-        raise ValueError(f"{path}: expected at least {max(start, stop):,} tokens, got {available:,}; use fewer tokens")
+    if stop > available or start >= available:
+        raise ValueError(
+            f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
+        )
     with _open_tokens(path) as file:
         ids = file.get_slice("tokens")[start:stop]
     _check_ids(path, ids, vocab_size, start)

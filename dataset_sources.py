@@ -45,15 +45,15 @@ def _write_token_files(folder: Path, tokens: dict[str, np.ndarray]) -> None:
         for split, ids in tokens.items():
             save_file({"tokens": ids}, staging / f"{split}.safetensors")
         staging.rename(folder)
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if not folder.exists():  # else another process has made the same one meanwhile
+        if not (isinstance(error, OSError) and folder.exists()):  # else another process has made the same one
             raise
 
 
 def _download(dataset: str, folder: Path) -> None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
     try:
         for split in ("validation", "train"):  # train last: its presence says that the download is complete
@@ -62,7 +62,7 @@ def _download(dataset: str, folder: Path) -> None:
             except EntryNotFoundError as error:
                 if split == "train" or isinstance(error, LocalEntryNotFoundError):
                     raise
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except (OSError, HTTPError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"dataset: no folder {dataset!r} here, and the Hub dataset of that name could not be fetched: {reason}"

@@ -27,6 +27,7 @@ def generate(
 
     Returns the new token ids, (num_samples, num_tokens), int32.
     """
+    assert prompt_ids, "a completion needs a prompt of at least one token"
     text = np.tile(np.array(prompt_ids, np.int32), (num_samples, 1))
     # One compiled shape serves all tokens: the smallest power of two that holds the text, at most the context.
     needed = len(prompt_ids) + num_tokens

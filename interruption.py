@@ -38,15 +38,19 @@ def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
+    def announce(message: str) -> None:
+        with contextlib.suppress(OSError):  # the reader of our messages may have left with the same Ctrl-C
+            print(f"\n{message}", file=sys.stderr, flush=True)
+
     def listen() -> None:
         while received := reader.recv(1):
             if received[0] not in EXIT_CODES:
                 continue
             if request:
-                print(f"\n{second_message}", file=sys.stderr, flush=True)
+                announce(second_message)
                 os._exit(request.exit_code)
             request.signal_number = received[0]
-            print(f"\n{first_message}", file=sys.stderr, flush=True)
+            announce(first_message)
 
     previous = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

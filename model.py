@@ -6,6 +6,7 @@ Suffixes of array names: B batch, T positions, D embedding, N heads, H head widt
 K or A microbatches.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -179,6 +180,12 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def residual_std(config: ModelConfig) -> float:
     return INIT_STD / (2 * config.n_layers) ** 0.5
+
+
+@partial(nnx.jit, static_argnums=(0, 2, 3))
+def create_model(config: ModelConfig, seed: int, drop_rate: float = 0.0, precision: str = "float32") -> GPTModel:
+    """Build a fresh model in one compiled call."""
+    return GPTModel(config, nnx.Rngs(params=jax.random.key(seed)), drop_rate=drop_rate, dtype=jnp.dtype(precision))
 
 
 def count_parameters(config: ModelConfig) -> int:

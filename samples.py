@@ -17,7 +17,8 @@ def cut_after(path: Path, global_step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if not (match := LINE.match(line)) or int(match[1]) <= global_step]
+    whole = [line for line in lines if line.endswith("\n")]  # a kill can tear the last one
+    kept = [line for line in whole if not (match := LINE.match(line)) or int(match[1]) <= global_step]
     shorter = path.with_suffix(".txt.tmp")
     shorter.write_text("".join(kept), encoding="utf-8")
     shorter.replace(path)

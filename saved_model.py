@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from flax import nnx
-
 from checkpointing import load_model, read_model_json
 from config import ModelConfig, parse_config
-from model import GPTModel
+from model import GPTModel, create_model
 
 
 def load_saved_model(path: Path) -> GPTModel:
@@ -15,6 +13,6 @@ def load_saved_model(path: Path) -> GPTModel:
     Raises ValueError when the file is not one that training has saved.
     """
     config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
-    model = GPTModel(config, nnx.Rngs(0))
+    model = create_model(config, seed=0)
     load_model(path, model)
     return model

@@ -45,8 +45,12 @@ def most_likely(model: GPTModel, token_ids: list[int]) -> list[int]:
     return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
 
 
-if __name__ == "__main__":
+def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
     parser.add_argument("model", type=Path, help="a model.safetensors that train.py saved")
     parser.add_argument("--text", default=POEM, help="another text than the first verse of the Ancient Mariner")
-    command_line.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

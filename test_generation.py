@@ -53,7 +53,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--samples and --top-k need a --temperature above 0: greedy completions are all the same")
 
 
-if __name__ == "__main__":
+def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser("Complete a prompt; greedily, unless a temperature is given.")
     parser.add_argument("model", type=Path, help="a model.safetensors that train.py saved")
     parser.add_argument("--prompt", default="Every effort moves you")
@@ -62,4 +62,8 @@ if __name__ == "__main__":
     parser.add_argument("--top-k", type=int, help="sample from the likeliest so many tokens only")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--samples", type=int, default=1, help="how many completions (1)")
-    command_line.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

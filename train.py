@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from generation import generate
 from inspection import check_parameters_changed, first_loss_line, parameter_hashes
 from interruption import StopRequest, listening
 from mesh import describe_devices
-from model import GPTModel
+from model import GPTModel, create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory, find_runs
 from steps import train_step
@@ -171,9 +170,7 @@ def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, to
         "train": fingerprint(train_stream.tokens),
         "validation": fingerprint(val_stream.tokens) if val_stream else None,
     }
-    model = GPTModel(
-        model_config, nnx.Rngs(params=config.seed), drop_rate=config.drop_rate, dtype=jnp.dtype(config.precision)
-    )
+    model = create_model(model_config, config.seed, config.drop_rate, config.precision)
     return Training(
         run=run,
         model_config=model_config,
@@ -363,7 +360,7 @@ def draw_charts(training: Training) -> None:
     charts.draw_gradient_norm(run.gradient_norm_chart, records, clipping_max_norm=config.clipping_max_norm, title=title)
 
 
-if __name__ == "__main__":
+def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(description="Train a run, or go on with it.")
     parser.add_argument("run", nargs="?", type=Path, help="the run's folder; without one, list the runs that are there")
     parser.add_argument("--check", action="store_true", help="print what the run will be and need, and stop")
@@ -374,4 +371,8 @@ if __name__ == "__main__":
         help="go on from this checkpoint: best, latest, or the name of one",
     )
     parser.add_argument("--accept-changes", action="store_true", help="go on although announced keys have changed")
-    command_line.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

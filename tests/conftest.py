@@ -1,10 +1,12 @@
 """What the tests share: strict JAX, one tiny model, one tiny run."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import command_line
 from config import ModelConfig, TrainConfig
 from model import GPTModel
 
@@ -37,7 +40,7 @@ TINY_MODEL = {
     "context_length": CONTEXT_LENGTH,
     "emb_dim": 32,
     "n_heads": 4,
-    "n_layers": 2,
+    "n_layers": 1,
     "qkv_bias": False,
 }
 TINY_TRAIN = {
@@ -95,6 +98,23 @@ def make_run(tmp_path, token_folder):
         return folder
 
     return make
+
+
+Finished = namedtuple("Finished", "returncode stdout stderr")
+
+
+@pytest.fixture
+def call_program(capsys):
+    """Run a program inside this process, where everything is imported and compiled: `call_program("train", run)`."""
+
+    def call(name, *arguments):
+        program = importlib.import_module(name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            command_line.run(program.main, program.make_parser(), [str(argument) for argument in arguments])
+        return Finished(exit_info.value.code, *capsys.readouterr())
+
+    return call
 
 
 def run_program(*arguments, cwd=ROOT, **options):

@@ -23,12 +23,10 @@ RECORDS = {
     "one": [record(1)],
     "two": [record(1), record(2, 2.5, 2.0)],
     "validated": [record(step, 9 / step, val_loss=10 / step if step % 10 == 0 else None) for step in range(1, 51)],
-    "never validated": [record(step, 9 / step) for step in range(1, 51)],
-    "log scale": [record(step, 10.0 ** (1 - step / 10), 10.0**-step) for step in range(1, 41)],
+    "log scale, never validated": [record(step, 10.0 ** (1 - step / 10), 10.0**-step) for step in range(1, 41)],
     "losses of 0": [record(step, max(0.0, 3 - step), 0.0) for step in range(1, 6)],
     "nulls": [record(1), record(2, None, None), record(3, None), record(4, 2.0, None), record(5)],
     "rejected first": [record(1, None, None), record(2)],
-    "one landmark": [record(1, 4.6051)],
     "long": [record(step, 3.0 + np.sin(step)) for step in range(1, 2001)],
 }
 

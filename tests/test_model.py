@@ -71,7 +71,7 @@ def with_larger_weights(model):
 
 
 SWITCHES = [
-    {},
+    {"n_layers": 2},
     {"qkv_bias": True},
     {"position_embedding": False},
     {"pre_norm": False},
@@ -93,7 +93,7 @@ def test_the_forward_pass_is_the_one_of_a_plain_numpy_gpt2(switches):
 
 
 def test_no_position_sees_a_later_one():
-    model = with_larger_weights(tiny_model())
+    model = with_larger_weights(tiny_model(n_layers=2))
     x = jax.random.normal(jax.random.key(0), (1, CONTEXT_LENGTH, 32))
     graph, state = nnx.split(model.blocks)
 
@@ -190,7 +190,7 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 
 def test_shorter_sequences_give_the_logits_of_the_longer_ones_beginning():
-    model = with_larger_weights(tiny_model())
+    model = with_larger_weights(tiny_model(n_layers=2))
     np.testing.assert_allclose(
         logits(model, tokens_BT()[:, :5]), logits(model, tokens_BT())[:, :5], rtol=1e-4, atol=1e-4
     )

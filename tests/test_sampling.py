@@ -55,6 +55,11 @@ def test_a_seed_says_which_samples_are_drawn(model):
     assert (first[0] != first[1]).any()
 
 
+def test_every_token_of_a_sample_is_drawn_anew(model):
+    [drawn] = generate(model, PROMPT, num_tokens=8, temperature=1e6)  # all tokens are equally likely
+    assert len(set(drawn.tolist())) >= 6
+
+
 def test_a_sample_is_the_same_alone_and_among_others(model):
     alone, two = (generate(model, PROMPT, num_tokens=8, temperature=TEMPERATURE, num_samples=count) for count in (1, 2))
     np.testing.assert_array_equal(alone[0], two[0])

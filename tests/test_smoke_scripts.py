@@ -1,0 +1,91 @@
+"""`test_a_to_a.py` and `test_generation.py`, run as programs on a small model with GPT-2's vocabulary."""
+
+import numpy as np
+import pytest
+from conftest import run_program
+from flax import nnx
+from safetensors.numpy import save_file
+
+from checkpointing import MODEL_FILE
+from config import ModelConfig
+from model import GPTModel
+
+SHELL = ModelConfig(
+    vocab_size=50257,
+    context_length=16,
+    emb_dim=64,
+    n_heads=1,
+    n_layers=0,
+    qkv_bias=False,
+    position_embedding=False,
+    output_norm=False,
+)
+
+
+def save_model(folder, head):
+    embedding = np.array(GPTModel(SHELL, nnx.Rngs(0)).token_embedding.embedding[...])
+    arrays = {"token_embedding.embedding": embedding, "head.kernel": np.ascontiguousarray(head(embedding).T)}
+    save_file(arrays, folder / MODEL_FILE, metadata={"model.json": SHELL.model_dump_json()})
+    return folder / MODEL_FILE
+
+
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory):
+    """A model that repeats its input: the head is the embedding, whose rows are nearly orthogonal."""
+    return save_model(tmp_path_factory.mktemp("repeating"), lambda embedding: embedding)
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("forgetful"), lambda embedding: embedding[::-1])
+
+
+def test_a_repeating_model_maps_the_poem_to_itself(repeating):
+    finished = run_program("test_a_to_a.py", repeating)
+    assert finished.returncode == 0, finished.stderr
+    parts = finished.stdout.split("---\n")
+    assert parts[1] == parts[2] and parts[1].startswith("It is an ancient Mariner,\n")
+    assert parts[3] == "38 of 38 tokens map to themselves\n"
+
+
+def test_a_forgetful_model_fails_the_check(call_program, forgetful):
+    finished = call_program("test_a_to_a", forgetful, "--text", "Water, water, every where")
+    assert finished.returncode == 1
+    assert finished.stdout.endswith("0 of 6 tokens map to themselves\n")
+
+
+def test_generation_is_greedy_and_20_tokens_long_by_default(repeating):
+    finished = run_program("test_generation.py", repeating)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "Every effort moves you" + 20 * " you" + "\n"
+
+
+def test_generation_samples_with_a_seed(call_program, forgetful):
+    options = ("--tokens", 5, "--temperature", 1, "--top-k", 50, "--samples", 2, "--seed", 3)
+    first, again = (call_program("test_generation", forgetful, *options) for _ in range(2))
+    other = call_program("test_generation", forgetful, *options[:-1], 4)
+    assert first.stdout == again.stdout != other.stdout
+    assert first.stdout.count("Every effort moves you") == 2
+
+
+def test_a_long_prompt_is_cropped_with_a_notice(call_program, repeating):
+    finished = call_program("test_generation", repeating, "--prompt", "no " * 20 + "yes", "--tokens", 2)
+    assert finished.returncode == 0
+    assert finished.stderr.startswith("notice: the model sees the last 16 of ")
+    assert finished.stdout.endswith("yes yes yes\n")
+
+
+@pytest.mark.parametrize("program", ["test_a_to_a", "test_generation"])
+def test_a_missing_file_is_one_line_and_exit_code_2(call_program, program, tmp_path):
+    finished = call_program(program, tmp_path / "nothing.safetensors")
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1 and finished.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "options", [("--tokens", 0), ("--samples", 0), ("--top-k", 0), ("--temperature", -1), ("--prompt", "")], ids=str
+)
+def test_options_without_sense_are_one_line_and_exit_code_2(call_program, repeating, options):
+    finished = call_program("test_generation", repeating, *options)
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1 and finished.stderr.startswith("error: --")

@@ -1,0 +1,253 @@
+"""`train.py` as its users meet it: in a process of its own, on a tiny run."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_program
+from safetensors.numpy import load_file, save_file
+
+from checkpointing import find_checkpoints, verify
+from metrics import read
+
+LONG = {"min_train_tokens": 12 * 128, "epochs": 25, "checkpoint_interval": 100, "drop_rate": 0.2}  # 300 global steps
+FILES = {"loss-chart.png", "learning-rate-chart.png", "gradient-norm-chart.png", "metrics.jsonl", "checkpoints"}
+
+
+@pytest.fixture
+def train(call_program):
+    return partial(call_program, "train")
+
+
+def start_and_signal(run, *signals, after_step=20):
+    """Start a run, wait for some steps, send signals; returns exit code and output."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", run], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= after_step):
+        time.sleep(0.005)
+    for number in signals:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def without_times(run):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read(run / "metrics.jsonl")]
+
+
+def final_state(run):
+    """Return everything that must not depend on interruptions: parameters, optimiser state, metrics, samples."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    verify(newest)
+    return {
+        "parameters": load_file(newest.path / "model.safetensors"),
+        "optimizer": ocp.load(str(newest.path / "optimizer")),
+        "metrics": without_times(run),
+        "step": newest.global_step,
+    }
+
+
+def assert_same(left, right):
+    for part in ("parameters", "optimizer"):
+        assert left[part].keys() == right[part].keys()
+        for name, array in left[part].items():
+            assert np.array_equal(array, right[part][name]), name
+    assert left["metrics"] == right["metrics"]
+    assert left["step"] == right["step"]
+
+
+def complaint(finished, code=2):
+    assert finished.returncode == code, finished.stderr
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in finished.stderr
+    return errors[0]
+
+
+def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
+    run = make_run()
+    first = train(run)
+    assert first.returncode == 0, first.stderr
+    assert {path.name for path in run.iterdir()} >= FILES
+    records = read(run / "metrics.jsonl")
+    assert [record["global_step"] for record in records] == list(range(1, 13))
+    assert [record["global_step"] for record in records if "val_loss" in record] == [5, 10, 12]
+    assert [c.global_step for c in find_checkpoints(run / "checkpoints")] == [5, 10, 12]
+    meta = find_checkpoints(run / "checkpoints")[1].meta
+    period = [record["loss"] for record in records[5:10]]
+    assert (meta["min_train_loss"], meta["max_train_loss"]) == (min(period), max(period))
+    assert meta["avg_train_loss"] == pytest.approx(np.mean(period))
+    assert meta["tokens_seen"] == 10 * 128
+    best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
+    assert (run / "checkpoints" / "best").resolve().name.endswith(f"iteration-{best['global_step']}")
+    assert re.search(r"first loss \d\.\d{4}; a uniform guess over 101 tokens is 4\.6151", first.stdout)
+    before = (run / "metrics.jsonl").read_bytes()
+    again = train(run)
+    assert again.returncode == 0 and "finished: step 12 of 12" in again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(train, make_run, per_call):
+    changes = LONG | {"microbatches_per_call": per_call}
+    alone, interrupted = make_run("alone", train=changes), make_run("interrupted", train=changes)
+    assert train(alone).returncode == 0
+    code, output = start_and_signal(interrupted, signal.SIGINT)
+    assert code == 130, output
+    assert re.search(r"stopped and saved at step \d+ of 300; to go on: uv run train.py \S*interrupted", output)
+    code, output = start_and_signal(interrupted, signal.SIGKILL, after_step=130)
+    assert code == -signal.SIGKILL
+    assert train(interrupted).returncode == 0
+    assert_same(final_state(alone), final_state(interrupted))
+
+
+def test_sigterm_saves_and_exits_with_143(make_run):
+    run = make_run(train=LONG)
+    code, output = start_and_signal(run, signal.SIGTERM)
+    assert code == 143, output
+    assert find_checkpoints(run / "checkpoints")[-1].global_step == len(read(run / "metrics.jsonl"))
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_what_was_committed_stays_good(train, make_run):
+    run = make_run(train=LONG | {"checkpoint_interval": 50})
+    code, _ = start_and_signal(run, signal.SIGINT, signal.SIGINT)
+    assert code == 130
+    for checkpoint in find_checkpoints(run / "checkpoints"):
+        verify(checkpoint)
+    assert train(run).returncode == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(train, make_run):
+    run = make_run()
+    assert train(run).returncode == 0
+    expected = final_state(run)
+    newest = find_checkpoints(run / "checkpoints")[-1].path
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    finished = train(run)
+    assert finished.returncode == 0
+    assert f"passing over a damaged checkpoint: {newest}/model.safetensors" in finished.stdout
+    assert_same(expected, final_state(run))
+
+
+def test_from_goes_back_to_a_checkpoint_and_stays_there(train, make_run):
+    run = make_run()
+    assert train(run).returncode == 0
+    expected = final_state(run)
+    first = find_checkpoints(run / "checkpoints")[0].path.name
+    finished = train(run, "--from", first)
+    assert finished.returncode == 0 and "going on from step 5 of 12" in finished.stdout
+    assert_same(expected, final_state(run))
+    assert "no checkpoint 'nonsense'" in complaint(train(run, "--from", "nonsense"))
+
+
+def test_changed_keys_are_refused_announced_or_free(train, make_run):
+    run = make_run(train={"min_train_tokens": 12 * 128})
+    assert train(run).returncode == 0
+    original = json.loads((run / "train.json").read_text())
+
+    def with_change(*options, **change):
+        (run / "train.json").write_text(json.dumps(original | change))
+        return train(run, *options)
+
+    assert "seed: 42 → 43" in complaint(with_change("--accept-changes", seed=43))
+    assert "learning_rate: 0.01 → 0.02" in complaint(with_change(learning_rate=0.02))
+    assert "learning_rate: 0.01 → 0.02" in with_change("--accept-changes", learning_rate=0.02).stdout
+    assert with_change(keep_checkpoints=7).returncode == 0
+
+
+def test_other_training_tokens_are_refused(train, make_run, token_folder):
+    run = make_run()
+    assert train(run).returncode == 0
+    tokens = load_file(token_folder / "train.safetensors")["tokens"]
+    tokens[3] = (tokens[3] + 1) % 101
+    save_file({"tokens": tokens}, token_folder / "train.safetensors")
+    assert "the train tokens are not the checkpoint's" in complaint(train(run, "--from", "best"))
+
+
+def test_rejected_updates_in_a_row_end_the_run_with_the_last_good_parameters(train, make_run):
+    run = make_run(
+        train={"learning_rate": 1e3, "clipping_max_norm": 1e30, "max_consecutive_rejections": 3}
+        | {
+            "min_train_tokens": 12 * 128,
+            "epochs": 8,
+            "warmup_period_percent": 0,
+            "weight_decay": 1e30,
+            "checkpoint_interval": 1,
+        }
+    )
+    assert "3 updates in a row were rejected" in complaint(train(run), code=1)
+    records = read(run / "metrics.jsonl")
+    assert [record["rejected"] for record in records[-4:-1]] == [True] * 3
+    assert {record["loss"] for record in records if record["rejected"]} == {None}
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    verify(newest)
+    assert all(np.isfinite(array).all() for array in load_file(newest.path / "model.safetensors").values())
+
+
+def test_a_second_process_is_told_who_trains(train, make_run):
+    run = make_run(train=LONG | {"epochs": 1000})
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert f"is being trained by process {process.pid} on " in complaint(train(run))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_check_prints_the_preflight_and_nothing_else_happens(train, make_run):
+    run = make_run()
+    finished = train(run, "--check")
+    assert finished.returncode == 0
+    assert "12 steps" in finished.stdout
+    assert {path.name for path in run.iterdir()} == {"model.json", "train.json"}
+
+
+def test_check_knows_the_reference_run_without_its_data(train):
+    finished = train(ROOT / "runs" / "gpt2-small", "--check")
+    assert finished.returncode == 0
+    assert "163,009,536 parameters" in finished.stdout and "33,165 steps" in finished.stdout
+
+
+def test_without_an_argument_the_runs_are_listed(train, make_run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    done, _, broken = (make_run(f"runs/{name}") for name in ("done", "new", "broken"))
+    assert train(done).returncode == 0
+    (broken / "train.json").write_text("{")
+    finished = run_program("train.py", cwd=tmp_path)
+    lines = {line.split()[0]: line for line in finished.stdout.splitlines() if line.startswith("runs/")}
+    assert finished.returncode == 0
+    assert lines["runs/done"].endswith("finished") and lines["runs/new"].endswith("new")
+    assert "not JSON" in lines["runs/broken"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"microbatch_size": 0}, "train.json: microbatch_size: expected"),
+        ({"learning_rat": 1}, "did you mean 'learning_rate'?"),
+        ({"dataset": "nowhere"}, "no folder 'nowhere'"),
+        ({"dataset": "builtin/nothing"}, "no built-in data named"),
+        ({"min_train_tokens": 10**6}, "expected at least"),
+        ({"val_tokens": 3}, "validation batch"),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_code_2(train, make_run, change, expected):
+    assert expected in complaint(train(make_run(train=change)))
+
+
+def test_a_run_folder_that_is_not_there_or_a_file_is_one_line(train, tmp_path):
+    assert "found nothing" in complaint(train(tmp_path / "nothing"))
+    (tmp_path / "file").write_text("")
+    assert "got a file" in complaint(train(tmp_path / "file"))
