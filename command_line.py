@@ -52,9 +52,10 @@ class _LastingStream:
         return getattr(self._stream, name)
 
 
-def say(line: str) -> None:
-    """Print one dated line, above the progress bar where there is one."""
-    tqdm.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
+def say(*lines: str) -> None:
+    """Print dated lines, above the progress bar where there is one."""
+    for line in lines:
+        tqdm.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
 
 def run(

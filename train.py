@@ -2,77 +2,42 @@
 
 import argparse
 import math
-import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
-import charts
 import checkpointing
 import command_line
 import drift
 import metrics
 import preflight
-import samples
-import tokenizer
 from command_line import say
-from config import ModelConfig, TrainConfig, load_config, steps_per_epoch, tokens_per_global_step
-from data import Batch, TokenStream, count_tokens, fingerprint, open_streams, unigram_entropy
+from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
+from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from dataset_sources import dataset_folder
-from evaluation import mean_loss
-from generation import generate
 from inspection import check_parameters_changed, first_loss_line, parameter_hashes
 from interruption import StopRequest, listening
 from mesh import describe_devices
-from model import GPTModel, create_model
+from model import create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory, find_runs
 from steps import train_step
+from training import (
+    Report,
+    Training,
+    collect,
+    commit,
+    cut_after,
+    mean_of_calls,
+    next_milestone,
+    place_batch,
+    save_checkpoint,
+    tokens_per_second,
+)
 
 RUNS = Path("runs")
-SAMPLE_TOKENS = 20
-RECENT = 20  # steps over which the progress bar's tokens per second is taken
-SHOWN_LOSSES = {"loss": "avg_train_loss", "lowest": "min_train_loss", "validation": "val_loss"}
-Report = dict[str, Any]  # of one compiled call, on the device
-
-
-@dataclass
-class Training:
-    """A run in progress: its configs, what training changes, and the tokens that it consumes."""
-
-    run: RunDirectory
-    model_config: ModelConfig
-    config: TrainConfig
-    total_steps: int
-    model: GPTModel
-    optimizer: nnx.Optimizer
-    train_stream: TokenStream
-    val_stream: TokenStream | None
-    snapshot: dict[str, Any]  # what a checkpoint remembers of configs, data and versions
-    landmarks: dict[str, float]  # losses to compare with, in nats
-    global_step: int = 0
-    saved_step: int = 0
-    seconds_before: float = 0.0  # trained by earlier processes
-    started: float = field(default_factory=time.monotonic)
-    records: list[metrics.Record] = field(default_factory=list)
-
-    num_written: int = 0  # of the records, how many are in metrics.jsonl
-    last_collected: float = field(default_factory=time.monotonic)
-
-    @property
-    def tokens_per_step(self) -> int:
-        return tokens_per_global_step(self.model_config, self.config)
-
-    def unwritten(self) -> list[metrics.Record]:
-        """Hand out the records that are not in the file yet, once."""
-        first, self.num_written = self.num_written, len(self.records)
-        return self.records[first:]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -127,11 +92,9 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
     if not total:
         raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
-    for complaint in complaints:
-        say(complaint)
+    say(*complaints)
     if checkpoint:
-        for difference in drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes):
-            say(difference)
+        say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
         if checkpoint.global_step == total:
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
@@ -157,8 +120,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
 def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int) -> Training:
     """Load the tokens, print the preflight, and build a fresh model and optimiser."""
     folder = dataset_folder(config.dataset)
-    for line in preflight.describe(run, model_config, config, tokens_available(config)):
-        say(line)
+    say(*preflight.describe(run, model_config, config, tokens_available(config)))
     train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs)
     if val_stream is None:
         say("no validation tokens: best goes by training loss")
@@ -192,18 +154,9 @@ def go_on_from(checkpoint: checkpointing.Checkpoint, training: Training, args: a
     training.global_step = training.saved_step = checkpoint.global_step
     training.seconds_before = checkpoint.meta["seconds_trained"]
     if args.from_checkpoint:  # commit it again, so that it is the newest and the next start goes on from it as well
-        meta = checkpoint.meta | training.snapshot
-        checkpointing.save(
-            training.run.checkpoints, training.model, training.optimizer, meta, training.model_config.model_dump_json()
-        )
+        commit(training, checkpoint.meta | training.snapshot)
     cut_after(training, checkpoint.global_step)
     say(f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}")
-
-
-def cut_after(training: Training, global_step: int) -> None:
-    training.records = metrics.cut_after(training.run.metrics, global_step)
-    training.num_written = len(training.records)
-    samples.cut_after(training.run.samples, global_step)
 
 
 def train(training: Training, stop: StopRequest) -> None:
@@ -229,15 +182,15 @@ def train(training: Training, stop: StopRequest) -> None:
                 hashes = None
             is_milestone = training.global_step in (total, next_milestone(training))
             while len(in_flight) > (0 if is_milestone else 1):
-                is_stuck |= collect(training, in_flight.pop(0), bar)
+                is_stuck |= finish_step(training, in_flight.pop(0), bar)
             if is_milestone:
-                save_checkpoint(training, is_milestone=True)
+                say(*save_checkpoint(training, is_milestone=True))
             else:
                 metrics.append(training.run.metrics, training.unwritten())
         for reports in in_flight:
-            is_stuck |= collect(training, reports, bar)
+            is_stuck |= finish_step(training, reports, bar)
     if training.saved_step != training.global_step:
-        save_checkpoint(training, is_milestone=False, prune=not is_stuck)
+        say(*save_checkpoint(training, is_milestone=False, prune=not is_stuck))
     if is_stuck:
         raise RuntimeError(
             f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
@@ -246,15 +199,13 @@ def train(training: Training, stop: StopRequest) -> None:
         )
 
 
-def next_milestone(training: Training) -> int:
-    """Return the first multiple of `checkpoint_interval` after the newest checkpoint."""
-    interval = training.config.checkpoint_interval
-    return (training.saved_step // interval + 1) * interval
-
-
-def place_batch(training: Training) -> list[Batch]:
-    """Put the arrays of the coming global step on the device, a batch per compiled call."""
-    return jax.device_put(training.train_stream.calls(training.global_step, training.config.calls_per_step))
+def finish_step(training: Training, reports: list[Report], bar: tqdm) -> bool:
+    """Wait for the oldest step in flight, show it, and say whether too many updates in a row were rejected."""
+    record = collect(training, reports, bar.n + 1)
+    loss = math.nan if record["loss"] is None else record["loss"]
+    bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second(training):,.0f} tokens/s", refresh=False)
+    bar.update()
+    return record["consecutive_rejections"] >= training.config.max_consecutive_rejections
 
 
 def check_first_update(training: Training, reports: list[Report], hashes: dict[str, str]) -> None:
@@ -262,102 +213,6 @@ def check_first_update(training: Training, reports: list[Report], hashes: dict[s
     say(first_loss_line(mean_of_calls(jax.device_get(reports)), training.model_config.vocab_size))
     if not reports[-1]["rejected"]:
         check_parameters_changed(hashes, parameter_hashes(training.model))
-
-
-def mean_of_calls(reports: list[Report]) -> float:
-    return float(np.mean([report["loss"] for report in reports], dtype=np.float64))
-
-
-def collect(training: Training, reports: list[Report], bar: tqdm) -> bool:
-    """Wait for a step, add its record, and say whether too many updates in a row were rejected."""
-    host_reports = jax.device_get(reports)
-    now = time.monotonic()
-    step = bar.n + 1
-    record: metrics.Record = {
-        "global_step": step,
-        **{name: value.item() for name, value in host_reports[-1].items()},
-        "loss": metrics.finite(mean_of_calls(host_reports)),
-        "gradient_norm": metrics.finite(host_reports[-1]["gradient_norm"].item()),
-        "tokens_seen": step * training.tokens_per_step,
-        "seconds": round(now - training.last_collected, 4),
-    }
-    training.last_collected = now
-    training.records.append(record)
-    recent = statistics.median(r["seconds"] for r in training.records[-RECENT:])
-    tokens_per_second = training.tokens_per_step / max(recent, 1e-9)
-    bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-    bar.update()
-    return record["consecutive_rejections"] >= training.config.max_consecutive_rejections
-
-
-def save_checkpoint(training: Training, *, is_milestone: bool, prune: bool = True) -> None:
-    """Commit a checkpoint; a milestone also validates, samples, and may become the best one."""
-    started = time.monotonic()
-    run, record = training.run, training.records[-1]
-    if is_milestone and training.val_stream:
-        record["val_loss"] = metrics.finite(mean_loss(training.model, training.val_stream))
-    metrics.append(run.metrics, training.unwritten(), durable=True)
-    if is_milestone and (text := sample(training)):
-        samples.append(run.samples, training.global_step, text)
-        say(f"sample: {text}")
-    meta = describe_period(training, is_milestone)
-    checkpoint = checkpointing.save(
-        run.checkpoints, training.model, training.optimizer, meta, training.model_config.model_dump_json()
-    )
-    training.saved_step = training.global_step
-    if prune:
-        checkpointing.prune(run.checkpoints, training.config.keep_checkpoints)
-    draw_charts(training)
-    losses = ", ".join(f"{name} {meta[key]:.4f}" for name, key in SHOWN_LOSSES.items() if meta[key] is not None)
-    best = ", the best so far" if meta["is_best"] else ""
-    say(f"step {training.global_step:,}: {losses}{best}; {time.monotonic() - started:.1f} s for {checkpoint.path}")
-    training.last_collected = time.monotonic()  # the pause is no part of the next step
-
-
-def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:
-    """Return a checkpoint's meta: the losses and gradient norms since the previous checkpoint, and what it is."""
-    period = [record for record in training.records if record["global_step"] > training.saved_step]
-    losses = [record["loss"] for record in period if record["loss"] is not None]
-    norms = [record["gradient_norm"] for record in period if record["gradient_norm"] is not None]
-    meta = {
-        "global_step": training.global_step,
-        "learning_rate": period[-1]["learning_rate"],
-        "min_train_loss": min(losses, default=None),
-        "max_train_loss": max(losses, default=None),
-        "avg_train_loss": statistics.fmean(losses) if losses else None,
-        "val_loss": period[-1].get("val_loss"),
-        "tokens_seen": period[-1]["tokens_seen"],
-        "seconds_trained": round(training.seconds_before + time.monotonic() - training.started, 1),
-        "max_grad_norm": max(norms, default=None),
-        "avg_grad_norm": statistics.fmean(norms) if norms else None,
-        "clipped_fraction": statistics.fmean(record["clipped"] for record in period),
-        "rejected_updates": period[-1]["rejected_updates"],
-        **training.snapshot,
-    }
-    measure = "val_loss" if training.val_stream else "avg_train_loss"
-    best = [c.meta for c in checkpointing.find_checkpoints(training.run.checkpoints) if c.is_best][-1:]
-    to_beat = best[0].get(measure) if best else None
-    score = meta[measure]
-    meta["is_best"] = is_milestone and score is not None and (to_beat is None or score < to_beat)
-    return meta
-
-
-def sample(training: Training) -> str | None:
-    """Complete the sample prompt greedily; None when the model's vocabulary is not GPT-2's."""
-    if training.model_config.vocab_size < tokenizer.VOCAB_SIZE:
-        return None
-    prompt = training.config.sample_prompt
-    [completion] = generate(training.model, tokenizer.encode(prompt), num_tokens=SAMPLE_TOKENS)
-    return prompt + tokenizer.decode(completion.tolist())
-
-
-def draw_charts(training: Training) -> None:
-    run, config, records, title = training.run, training.config, training.records, training.run.path.name
-    charts.draw_loss(
-        run.loss_chart, records, interval=config.checkpoint_interval, title=title, landmarks=training.landmarks
-    )
-    charts.draw_learning_rate(run.learning_rate_chart, records, title=title)
-    charts.draw_gradient_norm(run.gradient_norm_chart, records, clipping_max_norm=config.clipping_max_norm, title=title)
 
 
 def make_parser() -> command_line.ArgumentParser:

@@ -10,7 +10,7 @@ FLOORS = [
     {"builtin_data", "charts", "data", "drift", "inspection", "loss", "model", "optimizer"},
     {"dataset_sources", "preflight", "steps"},
     {"checkpointing", "evaluation", "generation"},
-    {"saved_model"},
+    {"saved_model", "training"},
     {"test_a_to_a", "test_generation", "train"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
