@@ -140,9 +140,7 @@ class GPTModel(nnx.Module):
         self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
         self.output_norm = layer_norm(config, rngs) if config.output_norm else None
         self.head = (
-            None
-            if config.tied_head
-            else nnx.Linear(config.emb_dim, config.vocab_size, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+            None if config.tied_head else nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         )
 
     def __call__(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -164,13 +162,15 @@ class GPTModel(nnx.Module):
             x_BTD = block(x_BTD, dropout_rngs)
         return x_BTD if self.output_norm is None else self.output_norm(x_BTD)
 
+    @property
+    def head_table(self) -> jax.Array:
+        """The output head (V, D), a row for each token; the token embedding itself where the head is tied."""
+        return (self.token_embedding if self.head is None else self.head).embedding[...]
+
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits (…, V) for hidden states (…, D), in the compute dtype."""
         flat = hidden_BTD.reshape(-1, self.config.emb_dim).astype(self.dtype)  # one large product, not B small ones
-        if self.head is not None:
-            logits = self.head(flat)
-        else:
-            logits = flat @ self.token_embedding.embedding[...].T.astype(self.dtype)
+        logits = flat @ self.head_table.T.astype(self.dtype)
         return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
 
 

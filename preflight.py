@@ -3,6 +3,7 @@
 import shutil
 
 from config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from loss import chunk_size
 from model import count_parameters
 from run_directory import RunDirectory
 
@@ -35,9 +36,11 @@ def describe(run: RunDirectory, model: ModelConfig, train: TrainConfig, availabl
 
 def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:
     """Estimate device memory: the state exactly, the activations of a microbatch as an upper guess."""
-    copies = 5 if train.calls_per_step > 1 else 4  # parameters, two moments, gradient; MultiSteps' accumulator
+    copies = 4 + (train.calls_per_step > 1)  # parameters, two moments, gradient; MultiSteps' accumulator
+    copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean
     positions = train.microbatch_size * model.context_length
-    logits = 2 * 4 * positions * model.vocab_size  # float32 logits and their gradient
+    rows = min(positions, chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
+    logits = 2 * 4 * rows * model.vocab_size  # float32 logits and their gradient, a chunk at a time
     per_layer = 4 * positions * (16 * model.emb_dim + model.n_heads * model.context_length)
     state, activations = 4 * copies * parameters, logits + model.n_layers * per_layer
     return (

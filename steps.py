@@ -9,7 +9,7 @@ from flax import nnx
 
 from config import TrainConfig
 from data import Batch
-from loss import cross_entropy
+from loss import fused_cross_entropy
 from model import GPTModel
 from optimizer import update_report
 
@@ -30,7 +30,13 @@ def train_step(
 @nnx.jit
 def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Return the mean loss of one batch, dropout off."""
-    return cross_entropy(model(inputs_BT), targets_BT)
+    return model_loss(model, inputs_BT, targets_BT)
+
+
+def model_loss(
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
+) -> jax.Array:
+    return fused_cross_entropy(model.hidden_states(inputs_BT, dropout_rngs), model.head_table, targets_BT, model.dtype)
 
 
 def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State]:
@@ -46,8 +52,7 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
         params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array
     ) -> jax.Array:
         rngs = nnx.Rngs(dropout=jax.random.fold_in(step_key, microbatch))
-        logits_BTV = nnx.merge(graph, params)(inputs_BT, rngs)
-        return cross_entropy(logits_BTV, targets_BT)
+        return model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         value_and_grads = jax.value_and_grad(microbatch_loss)(params, *microbatch)

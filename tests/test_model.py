@@ -58,8 +58,8 @@ def numpy_gpt2(model, tokens):
         if config.feed_forward:
             x = keep * x + feed_forward(norm(x, f"{block}.feed_forward_norm"), f"{block}.feed_forward")
     x = norm(x, "output_norm")
-    head = weights["token_embedding.embedding"].T if config.tied_head else weights["head.kernel"]
-    return x @ head
+    head = weights["token_embedding.embedding" if config.tied_head else "head.embedding"]
+    return x @ head.T
 
 
 def with_larger_weights(model):
@@ -128,7 +128,7 @@ def test_a_tied_head_with_query_key_value_biases_has_the_size_of_openais_gpt2():
 def test_initial_weights_have_gpt2s_standard_deviations(n_layers):
     model = GPTModel(ModelConfig(**GPT2_SMALL | {"n_layers": n_layers, "vocab_size": 1000}, qkv_bias=True), nnx.Rngs(1))
     block = model.blocks[n_layers - 1]
-    for weight in (model.token_embedding.embedding, block.feed_forward.expand.kernel, model.head.kernel):
+    for weight in (model.token_embedding.embedding, block.feed_forward.expand.kernel, model.head.embedding):
         assert np.std(weight[...]) == pytest.approx(0.02, rel=0.02)
     for weight in (block.attention.output.kernel, block.feed_forward.project.kernel):
         assert np.std(weight[...]) == pytest.approx(0.02 / np.sqrt(2 * n_layers), rel=0.02)
@@ -144,8 +144,8 @@ def test_the_first_loss_is_that_of_a_uniform_guess(switches, tolerance):
     config = ModelConfig(**GPT2_SMALL | {"context_length": 64, "n_layers": 2} | switches, qkv_bias=False)
     tokens = np.random.default_rng(0).integers(0, 50257, (1, 64))
     log_shares = jax.nn.log_softmax(logits(GPTModel(config, nnx.Rngs(0)), tokens)[0])
-    targets = np.random.default_rng(1).integers(0, 50257, 64)
-    assert -log_shares[np.arange(64), targets].mean() == pytest.approx(np.log(50257), abs=tolerance)
+    # the mean over every target at every position: what random targets cost
+    assert -log_shares.mean() == pytest.approx(np.log(50257), abs=tolerance)
 
 
 def test_dropout_is_off_unless_asked_for():

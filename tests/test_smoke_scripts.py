@@ -24,7 +24,7 @@ SHELL = ModelConfig(
 
 def save_model(folder, head):
     embedding = np.array(GPTModel(SHELL, nnx.Rngs(0)).token_embedding.embedding[...])
-    arrays = {"token_embedding.embedding": embedding, "head.kernel": np.ascontiguousarray(head(embedding).T)}
+    arrays = {"token_embedding.embedding": embedding, "head.embedding": np.ascontiguousarray(head(embedding))}
     save_file(arrays, folder / MODEL_FILE, metadata={"model.json": SHELL.model_dump_json()})
     return folder / MODEL_FILE
 
