@@ -106,10 +106,12 @@ class TrainConfig(Config):
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
     epochs: int = key("fatal", 1, ge=1)
+    shuffle: bool = key("fatal", True)  # sequences, anew each epoch: neighbours in a file are alike, a poor batch
     start_train_token: int = key("fatal", 0, ge=0)
     start_val_token: int = key("announced", 0, ge=0)
     val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
     weight_decay: float = key("announced", 0.01, ge=0)
+    beta2: float = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
     warmup_period_percent: float = key("announced", 5.0, ge=0, lt=100)
     clipping_max_norm: float = key("announced", 3.5, gt=0)
     drop_rate: float = key("announced", 0.0, ge=0, lt=1)

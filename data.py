@@ -87,6 +87,7 @@ class TokenStream:
     batch_shape: tuple[int, int, int]  # K microbatches, B sequences, T positions: one global step
     objective: Literal["next-token", "a-to-a"]
     seed: int
+    shuffle: bool
 
     @property
     def num_steps(self) -> int:
@@ -96,13 +97,13 @@ class TokenStream:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16.
 
-        The first epoch reads the sequences in file order, every later one in a seeded order of its own.
+        Shuffled, every epoch takes all sequences in a seeded order of its own; otherwise it takes them in file order.
         """
         microbatches, sequences, length = self.batch_shape
         epoch, step_in_epoch = divmod(step, self.num_steps)
         per_step = microbatches * sequences
         chosen = np.arange(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
-        if epoch:
+        if self.shuffle:
             chosen = _sequence_order(self.seed, epoch, self.num_steps * per_step)[chosen]
         host_tokens = np.asarray(self.tokens)  # a view
         windows = np.stack([host_tokens[i * length : (i + 1) * length + 1] for i in chosen])
@@ -133,7 +134,7 @@ def open_streams(
     count = steps_per_epoch * tokens_per_global_step(model, train) + 1
     tokens = load_tokens(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size, model.context_length)
-    train_stream = TokenStream(tokens, shape, train.objective, train.seed)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle)
     path = folder / "validation.safetensors"
     if train.val_tokens == 0 or not path.exists():
         return train_stream, None
@@ -146,7 +147,7 @@ def open_streams(
             f"{train.val_tokens:,} of {max(0, available):,} from start_val_token on; change them (0: no validation)"
         )
     tokens = load_tokens(path, model.vocab_size, train.start_val_token, batches * per_batch + 1)
-    return train_stream, TokenStream(tokens, (1, *shape[1:]), train.objective, train.seed)
+    return train_stream, TokenStream(tokens, (1, *shape[1:]), train.objective, train.seed, shuffle=False)
 
 
 def fingerprint(tokens: jax.Array) -> str:

@@ -45,7 +45,7 @@ def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> 
     """Build the optimiser of a run over all of the model's parameters."""
 
     def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
-        adamw = optax.adamw(learning_rate, weight_decay=config.weight_decay)
+        adamw = optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay)
         clipped = optax.chain(optax.clip_by_global_norm(config.clipping_max_norm), adamw)
         return optax.chain(measure_norm(), optax.apply_if_finite(clipped, NEVER_ACCEPT))
 

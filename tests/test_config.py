@@ -23,8 +23,9 @@ output_norm attention_output_bias tied_head
 """
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
-start_train_token start_val_token val_tokens learning_rate weight_decay warmup_period_percent clipping_max_norm
-drop_rate seed precision checkpoint_interval keep_checkpoints max_consecutive_rejections sample_prompt mesh
+shuffle start_train_token start_val_token val_tokens learning_rate weight_decay beta2 warmup_period_percent
+clipping_max_norm drop_rate seed precision checkpoint_interval keep_checkpoints max_consecutive_rejections sample_prompt
+mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}
@@ -230,6 +231,8 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         (TrainConfig, "start_val_token", -1),
         (TrainConfig, "val_tokens", -2),
         (TrainConfig, "weight_decay", -0.1),
+        (TrainConfig, "beta2", -0.1),
+        (TrainConfig, "beta2", 1),
         (TrainConfig, "warmup_period_percent", 100),
         (TrainConfig, "warmup_period_percent", -1),
         (TrainConfig, "clipping_max_norm", 0),

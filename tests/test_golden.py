@@ -28,7 +28,7 @@ def run():
     config = tiny_train_config(drop_rate=0.1)
     model = tiny_model(drop_rate=0.1)
     optimizer = make_optimizer(model, config, STEPS)
-    data = TokenStream(jax.device_put(random_tokens(129)), (4, 2, CONTEXT_LENGTH), "next-token", 0)
+    data = TokenStream(jax.device_put(random_tokens(129)), (4, 2, CONTEXT_LENGTH), "next-token", 0, shuffle=False)
     reports = [train_step(model, optimizer, *data.calls(step), jax.random.key(1), config) for step in range(STEPS)]
     return {name: [float(report[name]) for report in reports] for name in ("loss", "gradient_norm")}
 

@@ -44,8 +44,9 @@ def test_the_schedule_of_a_very_short_run_is_finite(total, percent):
     assert all(0 < schedule(step) <= 0.01 for step in range(total))
 
 
-def test_updates_are_those_of_clipped_adamw_written_in_numpy():
-    config = tiny_train_config(clipping_max_norm=1.0, weight_decay=0.1, gradient_accumulation_steps=1)
+@pytest.mark.parametrize("beta2", [0.999, 0.9])
+def test_updates_are_those_of_clipped_adamw_written_in_numpy(beta2):
+    config = tiny_train_config(clipping_max_norm=1.0, weight_decay=0.1, beta2=beta2, gradient_accumulation_steps=1)
     model = Line()
     optimizer = make_optimizer(model, config, TOTAL_STEPS)
     schedule = learning_rate_schedule(config, TOTAL_STEPS)
@@ -61,8 +62,8 @@ def test_updates_are_those_of_clipped_adamw_written_in_numpy():
         assert report["clipped"] == (norm > 1)
         assert report["learning_rate"] == pytest.approx(float(schedule(step - 1)))
         gradient = gradient / max(1, norm)
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        direction = (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        first, second = 0.9 * first + 0.1 * gradient, beta2 * second + (1 - beta2) * gradient**2
+        direction = (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - beta2**step)) + 1e-8)
         parameters = parameters - float(schedule(step - 1)) * (direction + 0.1 * parameters)
         np.testing.assert_allclose(np.append(model.slope[...], model.offset[...]), parameters, rtol=1e-5)
 

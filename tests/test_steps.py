@@ -16,7 +16,9 @@ SEED_KEY = jax.random.key(7)
 
 
 def stream(microbatches=K, sequences=B, objective="next-token"):
-    return TokenStream(jax.device_put(random_tokens(2000)), (microbatches, sequences, CONTEXT_LENGTH), objective, 0)
+    return TokenStream(
+        jax.device_put(random_tokens(2000)), (microbatches, sequences, CONTEXT_LENGTH), objective, 0, shuffle=False
+    )
 
 
 def trained(per_call, num_steps=5, drop_rate=0.0, model=None):
