@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -16,6 +17,15 @@ from metrics import Record
 
 LOG_SCALE_FROM = 8  # ratio of the largest to the smallest loss above which a logarithmic axis reads better
 MAX_POINTS = 400  # periods on the loss chart; a band of more is a blur
+SMOOTH_POINTS = 60  # of each run's training loss where runs are compared
+
+
+class Curve(NamedTuple):
+    """One run where runs are compared."""
+
+    label: str
+    training: list[tuple[float, float]]  # horizontal position, loss: one pair per global step
+    validation: list[tuple[float, float]]
 
 
 def draw_loss(
@@ -93,6 +103,21 @@ def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: 
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
+    """Draw several runs: validation loss as dots joined by a line, smoothed training loss as a thin line."""
+    colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
+    with _figure(path, "dots: validation; thin lines: training, smoothed", "loss (nats per token)", x_label) as axes:
+        for number, curve in enumerate(curves):
+            color = colors(number % colors.N)
+            window = -(-len(curve.training) // SMOOTH_POINTS)
+            groups = [curve.training[i : i + window] for i in range(0, len(curve.training), window)]
+            means = [sum(loss for _, loss in group) / len(group) for group in groups]
+            axes.plot([group[-1][0] for group in groups], means, color=color, linewidth=0.8, alpha=0.6)
+            axes.plot(
+                *zip(*curve.validation or curve.training[-1:]), "o-", color=color, markersize=4, label=curve.label
+            )
+
+
 def _periods(records: list[Record], period: int) -> tuple[list[float], list[float], list[float], list[float]]:
     """Group by period: last step, mean, minimum and maximum loss of each."""
     steps, averages, lows, highs = [], [], [], []
@@ -107,13 +132,13 @@ def _periods(records: list[Record], period: int) -> tuple[list[float], list[floa
 
 
 @contextlib.contextmanager
-def _figure(path: Path, title: str, y_label: str) -> Iterator[Axes]:
+def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") -> Iterator[Axes]:
     """Give the axes of a new chart and write it under its name when complete."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     yield axes
     axes.set_title(title)
-    axes.set_xlabel("global step")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(alpha=0.3)

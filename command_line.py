@@ -75,13 +75,18 @@ def run(
             print("interrupted", file=sys.stderr)
             code = INTERRUPTED
         except Exception as error:
-            if args.debug:
-                traceback.print_exc()
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            code = USAGE if isinstance(error, ValueError) else FAILED
+            code = complain(error, debug=args.debug)
         output.flush()
         errors.flush()
     raise SystemExit(code)
+
+
+def complain(error: Exception, *, debug: bool) -> int:
+    """Print an error as one line, after its traceback when debugging; return the exit code that it means."""
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return USAGE if isinstance(error, ValueError) else FAILED
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import drift
 import metrics
 import preflight
 from command_line import say
+from comparison import compare
 from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from dataset_sources import dataset_folder
@@ -45,6 +46,13 @@ def main(args: argparse.Namespace) -> int:
         return list_runs()
     run = RunDirectory(args.run)
     run.check()
+    runs = find_runs(args.run)
+    if run.train_config.exists() or not runs:
+        return train_one(run, args)
+    return train_all(runs, args)
+
+
+def train_one(run: RunDirectory, args: argparse.Namespace) -> int:
     model_config = load_config(run.model_config, ModelConfig)
     config = load_config(run.train_config, TrainConfig)
     if args.check:
@@ -52,6 +60,27 @@ def main(args: argparse.Namespace) -> int:
         return command_line.DONE
     with run.lock():
         return train_or_go_on(run, model_config, config, args)
+
+
+def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
+    """Train the runs of a folder one after the other, and compare them; one that fails does not stop the others."""
+    if args.from_checkpoint:
+        raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
+    for run in runs:  # a typing error in the last one should not show after hours
+        load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
+    failed = False
+    for number, run in enumerate(runs, start=1):
+        say(f"run {number} of {len(runs)}: {run.path}")
+        try:
+            code = train_one(run, args)
+        except Exception as error:
+            code = command_line.complain(error, debug=args.debug)
+        if code >= command_line.INTERRUPTED:
+            return code
+        failed |= code != command_line.DONE
+    if not args.check:
+        print(*compare(runs, "tokens", args.run / "comparison.png"), sep="\n")
+    return command_line.FAILED if failed else command_line.DONE
 
 
 def list_runs() -> int:
@@ -104,7 +133,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
         go_on_from(checkpoint, training, args)
     else:
         cut_after(training, 0)
-    resume_line = f"uv run train.py {run.path}"
+    resume_line = f"uv run train.py {args.run}"
     with listening(
         "stopping after this step; a second Ctrl-C leaves at once",
         f"left at once; to go on from the last checkpoint: {resume_line}",
@@ -217,7 +246,9 @@ def check_first_update(training: Training, reports: list[Report], hashes: dict[s
 
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(description="Train a run, or go on with it.")
-    parser.add_argument("run", nargs="?", type=Path, help="the run's folder; without one, list the runs that are there")
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="the run's folder, or a folder of runs; without one, list them"
+    )
     parser.add_argument("--check", action="store_true", help="print what the run will be and need, and stop")
     parser.add_argument(
         "--from",

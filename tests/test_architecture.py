@@ -10,8 +10,8 @@ FLOORS = [
     {"builtin_data", "charts", "data", "drift", "inspection", "loss", "model", "optimizer"},
     {"dataset_sources", "preflight", "steps"},
     {"checkpointing", "evaluation", "generation"},
-    {"saved_model", "training"},
-    {"test_a_to_a", "test_generation", "train"},
+    {"comparison", "saved_model", "training"},
+    {"compare_runs", "test_a_to_a", "test_generation", "train"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -1,0 +1,31 @@
+"""Several runs on one chart and in one Markdown table: `uv run compare_runs.py RUN…`."""
+
+import argparse
+from pathlib import Path
+
+import command_line
+import comparison
+from run_directory import find_runs
+
+
+def main(args: argparse.Namespace) -> int:
+    for path in args.runs:
+        if not find_runs(path):
+            raise ValueError(f"{path}: expected a run or a folder of runs, found no train.json there; name another")
+    runs = list(dict.fromkeys(run for path in args.runs for run in find_runs(path)))
+    print(*comparison.compare(runs, args.x, args.output), sep="\n")
+    return command_line.DONE
+
+
+def make_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument("--x", choices=comparison.X_LABELS, default="tokens", help="the horizontal axis (tokens)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison.png"), metavar="FILE.png", help="the chart (comparison.png)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

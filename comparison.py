@@ -1,0 +1,146 @@
+"""Several runs side by side: a Markdown table, and the curves for one chart."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import metrics
+from charts import Curve, draw_comparison
+from checkpointing import find_checkpoints
+from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from model import count_parameters
+from run_directory import RunDirectory
+
+X_LABELS = {"tokens": "training tokens", "steps": "global step", "seconds": "seconds of training steps"}
+Column = Callable[["Trained"], str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has metrics."""
+
+    run: RunDirectory
+    model_config: ModelConfig
+    config: TrainConfig
+    records: list[metrics.Record]  # at least one
+    meta: dict[str, Any]  # of the newest checkpoint; empty when there is none
+
+    @property
+    def judged_on(self) -> tuple[Any, ...]:
+        """What the losses of two runs must share to be comparable: vocabulary, objective, validation tokens."""
+        validation = self.meta.get("data", {}).get("validation") or self.config.dataset
+        return self.model_config.vocab_size, self.config.objective, validation
+
+    @property
+    def average_loss(self) -> float | None:
+        """Mean training loss since the last multiple of the checkpoint interval."""
+        interval = self.config.checkpoint_interval
+        start = (self.records[-1]["global_step"] - 1) // interval * interval
+        losses = [r["loss"] for r in self.records if r["global_step"] > start and r["loss"] is not None]
+        return statistics.fmean(losses) if losses else None
+
+    @property
+    def validation_loss(self) -> float | None:
+        return next((r["val_loss"] for r in reversed(self.records) if r.get("val_loss") is not None), None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        seconds = statistics.median(record["seconds"] for record in self.records)
+        return tokens_per_global_step(self.model_config, self.config) / max(seconds, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Time of training, with compiling, validation and checkpoints as far as a checkpoint knows of them."""
+        return self.meta.get("seconds_trained", sum(record["seconds"] for record in self.records))
+
+
+def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
+    """Draw the chart and return the lines to print: the table, and which runs were skipped.
+
+    `x` is the chart's horizontal axis, a key of `X_LABELS`. Raises ValueError when no run has metrics.
+    """
+    found = {run: read(run) for run in runs}
+    trained = [run for run in found.values() if run]
+    if not trained:
+        raise ValueError(f"{runs[0].path}: nothing to compare, no run has metrics yet; train one first")
+    curves = [_curve(run, label, x) for run, label in zip(trained, labels(trained).values(), strict=True)]
+    draw_comparison(chart, curves, x_label=X_LABELS[x])
+    skipped = [f"{run.path}: no metrics yet, skipped" for run, metrics in found.items() if metrics is None]
+    return [*table(trained), "", *skipped, f"chart: {chart}"]
+
+
+def read(run: RunDirectory) -> Trained | None:
+    """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
+    model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
+    records = metrics.read(run.metrics)
+    checkpoints = find_checkpoints(run.checkpoints)
+    return Trained(run, model_config, config, records, checkpoints[-1].meta if checkpoints else {}) if records else None
+
+
+def outsiders(runs: list[Trained]) -> list[Trained]:
+    """Return the runs whose losses cannot be compared with those of most others (of the first, in a tie)."""
+    [(usual, _)] = Counter(run.judged_on for run in runs).most_common(1)
+    return [run for run in runs if run.judged_on != usual]
+
+
+def table(runs: list[Trained]) -> list[str]:
+    """Return the lines of a Markdown table; runs on other data or another vocabulary than most are marked."""
+    marked, names = outsiders(runs), labels(runs)
+    columns: dict[str, Column] = {
+        "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
+        "parameters": lambda run: f"{count_parameters(run.model_config):,}",
+        "tokens": lambda run: f"{run.records[-1]['tokens_seen']:,}",
+        "training loss": lambda run: _loss(run.average_loss),
+        "validation loss": lambda run: _loss(run.validation_loss),
+        "perplexity": lambda run: _perplexity(run.validation_loss),
+        "tokens/s": lambda run: f"{run.tokens_per_second:,.0f}",
+        "rejected": lambda run: f"{run.records[-1]['rejected_updates']:,}",
+        "time": lambda run: _clock(run.seconds),
+    }
+    rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    rows += [[column(run) for column in columns.values()] for run in runs]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if marked:
+        lines += [
+            "",
+            "\\* other data, objective or vocabulary than most here: its losses cannot be compared with theirs",
+        ]
+    return lines
+
+
+def labels(runs: list[Trained]) -> dict[RunDirectory, str]:
+    """Name every run by its folder's name, or by its path where two names are the same."""
+    are_unique = len({run.run.path.name for run in runs}) == len(runs)
+    return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
+
+
+def _curve(run: Trained, label: str, x: str) -> Curve:
+    seconds = accumulate(record["seconds"] for record in run.records)
+    positions = {
+        "tokens": [record["tokens_seen"] for record in run.records],
+        "steps": [record["global_step"] for record in run.records],
+        "seconds": list(seconds),
+    }[x]
+    training, validation = (
+        [(at, record[key]) for at, record in zip(positions, run.records) if record.get(key) is not None]
+        for key in ("loss", "val_loss")
+    )
+    return Curve(label, training, validation)
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
+
+
+def _perplexity(loss: float | None) -> str:
+    return "–" if loss is None else f"{math.exp(min(loss, 700)):,.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
