@@ -85,7 +85,9 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
 
 def list_runs() -> int:
     """Print a line for every run below `runs/`: new, at step N of M, or finished."""
-    for run in find_runs(RUNS):
+    runs = find_runs(RUNS)
+    width = max((len(str(run.path)) for run in runs), default=0)
+    for run in runs:
         try:
             config = load_config(run.train_config, TrainConfig)
             total = total_steps(load_config(run.model_config, ModelConfig), config)
@@ -95,7 +97,7 @@ def list_runs() -> int:
             status = "new" if not checkpoints else "finished" if step == total else status
         except ValueError as error:
             status = f"error: {error}"
-        print(f"{run.path!s:30} {status}")
+        print(f"{run.path!s:{width}}  {status}")
     print("uv run train.py runs/NAME trains one, or goes on with it")
     return command_line.DONE
 
