@@ -107,7 +107,7 @@ def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
     """Draw several runs: validation loss as dots joined by a line, smoothed training loss as a thin line."""
     colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
     with _figure(path, "dots: validation; thin lines: training, smoothed", "loss (nats per token)", x_label) as axes:
-        for number, curve in enumerate(curves):
+        for number, curve in enumerate(curve for curve in curves if curve.training):
             color = colors(number % colors.N)
             window = -(-len(curve.training) // SMOOTH_POINTS)
             groups = [curve.training[i : i + window] for i in range(0, len(curve.training), window)]

@@ -12,7 +12,9 @@ def main(args: argparse.Namespace) -> int:
     for path in args.runs:
         if not find_runs(path):
             raise ValueError(f"{path}: expected a run or a folder of runs, found no train.json there; name another")
-    runs = list(dict.fromkeys(run for path in args.runs for run in find_runs(path)))
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
+    runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
     print(*comparison.compare(runs, args.x, args.output), sep="\n")
     return command_line.DONE
 

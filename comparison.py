@@ -1,5 +1,6 @@
 """Several runs side by side: a Markdown table, and the curves for one chart."""
 
+import contextlib
 import math
 import statistics
 from collections import Counter
@@ -16,7 +17,12 @@ from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
 from model import count_parameters
 from run_directory import RunDirectory
 
-X_LABELS = {"tokens": "training tokens", "steps": "global step", "seconds": "seconds of training steps"}
+X_LABELS = {
+    "tokens": "training tokens",
+    "steps": "global step",
+    "seconds": "seconds of training steps, compiling included",
+}
+NEEDED = {"loss", "tokens_seen", "seconds", "rejected_updates"}  # of every record
 Column = Callable[["Trained"], str]
 
 
@@ -28,20 +34,18 @@ class Trained:
     model_config: ModelConfig
     config: TrainConfig
     records: list[metrics.Record]  # at least one
-    meta: dict[str, Any]  # of the newest checkpoint; empty when there is none
+    checkpoint_seconds: float | None  # of training, with compiling, validation and checkpoints
 
     @property
     def judged_on(self) -> tuple[Any, ...]:
-        """What the losses of two runs must share to be comparable: vocabulary, objective, validation tokens."""
-        validation = self.meta.get("data", {}).get("validation") or self.config.dataset
-        return self.model_config.vocab_size, self.config.objective, validation
+        """What the losses of two runs must share to be comparable."""
+        config = self.config
+        return self.model_config.vocab_size, config.objective, config.dataset, config.start_val_token
 
     @property
     def average_loss(self) -> float | None:
-        """Mean training loss since the last multiple of the checkpoint interval."""
-        interval = self.config.checkpoint_interval
-        start = (self.records[-1]["global_step"] - 1) // interval * interval
-        losses = [r["loss"] for r in self.records if r["global_step"] > start and r["loss"] is not None]
+        """Mean training loss of the last checkpoint period: as many steps as lie between two checkpoints."""
+        losses = [r["loss"] for r in self.records[-self.config.checkpoint_interval :] if r["loss"] is not None]
         return statistics.fmean(losses) if losses else None
 
     @property
@@ -55,8 +59,10 @@ class Trained:
 
     @property
     def seconds(self) -> float:
-        """Time of training, with compiling, validation and checkpoints as far as a checkpoint knows of them."""
-        return self.meta.get("seconds_trained", sum(record["seconds"] for record in self.records))
+        """Time of training; of the steps alone when there is no checkpoint yet."""
+        if self.checkpoint_seconds is not None:
+            return self.checkpoint_seconds
+        return sum(record["seconds"] for record in self.records)
 
 
 def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
@@ -78,8 +84,17 @@ def read(run: RunDirectory) -> Trained | None:
     """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.read(run.metrics)
-    checkpoints = find_checkpoints(run.checkpoints)
-    return Trained(run, model_config, config, records, checkpoints[-1].meta if checkpoints else {}) if records else None
+    for record in records:
+        if missing := NEEDED - record.keys():
+            raise ValueError(f"{run.metrics}: step {record['global_step']} lacks {', '.join(sorted(missing))}")
+    return Trained(run, model_config, config, records, seconds_trained(run)) if records else None
+
+
+def seconds_trained(run: RunDirectory) -> float | None:
+    """Return the time of training up to the newest checkpoint; None without a readable one."""
+    with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
+        return float(find_checkpoints(run.checkpoints)[-1].meta["seconds_trained"])
+    return None
 
 
 def outsiders(runs: list[Trained]) -> list[Trained]:
@@ -114,7 +129,7 @@ def table(runs: list[Trained]) -> list[str]:
 
 
 def labels(runs: list[Trained]) -> dict[RunDirectory, str]:
-    """Name every run by its folder's name, or by its path where two names are the same."""
+    """Name every run by its folder's name, or all by their paths where two names are the same."""
     are_unique = len({run.run.path.name for run in runs}) == len(runs)
     return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
 

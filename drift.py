@@ -54,7 +54,7 @@ def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bo
 
 
 def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
-    # A key that the snapshot lacks came with a later version, whose default is the old behaviour.
+    # A key that the snapshot lacks came with a later version: there is nothing to compare it with.
     return {
         name: f"{name}: {json.dumps(old[name])} → {json.dumps(value)}"
         for name, value in new.model_dump().items()

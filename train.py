@@ -78,7 +78,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
         if code >= command_line.INTERRUPTED:
             return code
         failed |= code != command_line.DONE
-    if not args.check:
+    if any(run.metrics.exists() for run in runs) and not args.check:
         print(*compare(runs, "tokens", args.run / "comparison.png"), sep="\n")
     return command_line.FAILED if failed else command_line.DONE
 
@@ -143,7 +143,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
         train(training, stop)
     if training.global_step == total:
         say(f"finished: {training.seconds_before + time.monotonic() - training.started:,.0f} s of training")
-        return command_line.DONE
+        return stop.exit_code if stop else command_line.DONE  # in a folder of runs the next one must not start
     say(f"stopped and saved at step {training.global_step:,} of {total:,}; to go on: {resume_line}")
     return stop.exit_code
 
@@ -199,27 +199,28 @@ def train(training: Training, stop: StopRequest) -> None:
     seed_key = jax.random.key(config.seed)
     hashes = parameter_hashes(training.model) if training.global_step == 0 else None
     batch = place_batch(training)
-    in_flight: list[list[Report]] = []  # reports that are still on the device, one step late
+    in_flight: list[tuple[int, list[Report]]] = []  # steps whose reports are still on the device, one step late
     is_stuck = False
     say("compiling the training step")
     with tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar:
         while training.global_step < total and not stop and not is_stuck:
-            in_flight.append([train_step(training.model, training.optimizer, part, seed_key, config) for part in batch])
+            reports = [train_step(training.model, training.optimizer, part, seed_key, config) for part in batch]
             training.global_step += 1
+            in_flight.append((training.global_step, reports))
             if training.global_step < total:
                 batch = place_batch(training)  # while the device works on this step
             if hashes:
-                check_first_update(training, in_flight[0], hashes)
+                check_first_update(training, reports, hashes)
                 hashes = None
             is_milestone = training.global_step in (total, next_milestone(training))
             while len(in_flight) > (0 if is_milestone else 1):
-                is_stuck |= finish_step(training, in_flight.pop(0), bar)
+                is_stuck |= finish_step(training, *in_flight.pop(0), bar)
             if is_milestone:
                 say(*save_checkpoint(training, is_milestone=True))
             else:
                 metrics.append(training.run.metrics, training.unwritten())
-        for reports in in_flight:
-            is_stuck |= finish_step(training, reports, bar)
+        for step, reports in in_flight:
+            is_stuck |= finish_step(training, step, reports, bar)
     if training.saved_step != training.global_step:
         say(*save_checkpoint(training, is_milestone=False, prune=not is_stuck))
     if is_stuck:
@@ -230,9 +231,9 @@ def train(training: Training, stop: StopRequest) -> None:
         )
 
 
-def finish_step(training: Training, reports: list[Report], bar: tqdm) -> bool:
-    """Wait for the oldest step in flight, show it, and say whether too many updates in a row were rejected."""
-    record = collect(training, reports, bar.n + 1)
+def finish_step(training: Training, step: int, reports: list[Report], bar: tqdm) -> bool:
+    """Wait for a step, show it, and say whether too many updates in a row were rejected."""
+    record = collect(training, step, reports)
     loss = math.nan if record["loss"] is None else record["loss"]
     bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second(training):,.0f} tokens/s", refresh=False)
     bar.update()

@@ -81,7 +81,7 @@ def mean_of_calls(reports: list[Report]) -> float:
     return float(np.mean([report["loss"] for report in reports], dtype=np.float64))
 
 
-def collect(training: Training, reports: list[Report], step: int) -> metrics.Record:
+def collect(training: Training, step: int, reports: list[Report]) -> metrics.Record:
     """Wait for a step's reports and add its record."""
     host_reports = jax.device_get(reports)
     now = time.monotonic()

@@ -58,8 +58,8 @@ def test_the_table_holds_the_numbers_that_a_hand_computes(trained, tmp_path):
     lines = compare([first, second], "tokens", tmp_path / "chart.png")
     names = "run parameters tokens|training loss|validation loss|perplexity|tokens/s|rejected|time"
     assert cells(lines[0]) == ["run", "parameters", *names.split(maxsplit=2)[2].split("|")]
-    # steps 6 and 8 (7 has no loss) follow the multiple 5 of the interval; 128 tokens in half a second, mostly
-    expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.2500", "2.0000", "7.389", "256", "1", "1:02:03"]
+    # the last 5 steps, of which one has no loss: (4 + 3 + 2 + 2.5) / 4; 128 tokens in half a second, mostly
+    expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.8750", "2.0000", "7.389", "256", "1", "1:02:03"]
     assert cells(lines[2]) == expected
     assert cells(lines[3]) == ["second", "7,040", "256", "4.3750", "–", "–", "256", "0", "0:00:01"]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
@@ -78,28 +78,50 @@ def test_without_any_metrics_there_is_nothing_to_compare(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "meta"),
+    "changes",
     [
-        ({"model": {"vocab_size": 100}}, {}),
-        ({"train": {"objective": "a-to-a"}}, {}),
-        ({"train": {"dataset": "elsewhere"}}, {}),
-        ({}, {"data": {"validation": "65 tokens, sha256 other"}}),
+        {"model": {"vocab_size": 100}},
+        {"train": {"objective": "a-to-a"}},
+        {"train": {"dataset": "elsewhere"}},
+        {"train": {"start_val_token": 1}},
     ],
     ids=str,
 )
-def test_losses_on_other_data_or_another_vocabulary_are_marked(trained, tmp_path, changes, meta):
+def test_losses_on_other_data_or_another_vocabulary_are_marked(trained, tmp_path, changes):
     usual = [trained(name, [record(1, 4.0)]) for name in ("one", "two")]
-    other = trained("other", [record(1, 4.0)], {"seconds_trained": 1} | meta, **changes)
+    other = trained("other", [record(1, 4.0)], **changes)
     assert [run.run for run in outsiders([read(run) for run in (other, *usual)])] == [other]
     lines = compare([other, *usual], "tokens", tmp_path / "chart.png")
     assert [cells(line)[0] for line in lines[2:5]] == ["other \\*", "one", "two"]
     assert any("cannot be compared" in line for line in lines)
 
 
-def test_runs_of_one_vocabulary_and_data_are_not_marked_whatever_their_size(trained, tmp_path):
-    data = {"seconds_trained": 1, "data": {"train": "other", "validation": "65 tokens, sha256 same"}}
-    runs = [trained("one", [record(1, 4.0)], data), trained("two", [record(1, 4.0)], data, model={"emb_dim": 64})]
+def test_runs_on_the_same_data_are_not_marked_whatever_their_size_and_batches(trained, tmp_path):
+    runs = [
+        trained("one", [record(1, 4.0)], {"seconds_trained": 1}),
+        trained("two", [record(1, 4.0)], model={"emb_dim": 64}, train={"microbatch_size": 1}),
+    ]
     assert not any("*" in line for line in compare(runs, "tokens", tmp_path / "chart.png"))
+
+
+def test_a_run_that_never_had_a_finite_loss_stands_in_the_table(trained, tmp_path):
+    runs = [trained("lost", [record(1, None, rejected_updates=1)]), trained("good", [record(1, 4.0)])]
+    lines = compare(runs, "tokens", tmp_path / "chart.png")
+    assert cells(lines[2])[:1] + cells(lines[2])[3:5] == ["lost", "–", "–"]
+
+
+@pytest.mark.parametrize("meta", ["[]", "{", '{"seconds_trained": null}', "{}"])
+def test_a_damaged_checkpoint_does_not_keep_a_run_out_of_the_table(trained, tmp_path, meta):
+    run = trained("run", [record(1, 4.0)], {})
+    [path] = run.checkpoints.glob("*/meta.json")
+    path.write_text(meta)
+    assert cells(compare([run], "tokens", tmp_path / "chart.png")[2])[-1] == "0:00:00"
+
+
+def test_metrics_that_lack_something_are_one_clear_line(trained, tmp_path):
+    run = trained("run", [{"global_step": 1, "loss": 4.0, "seconds": 1.0}])
+    with pytest.raises(ValueError, match="step 1 lacks rejected_updates, tokens_seen"):
+        compare([run], "tokens", tmp_path / "chart.png")
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_path(trained, tmp_path):
@@ -120,10 +142,17 @@ def test_a_curve_runs_over_what_was_asked_for(trained, tmp_path, monkeypatch, x,
 
 def test_the_program_expands_folders_and_writes_the_chart(trained, call_program, tmp_path):
     trained("one", [record(1, 4.0)]), trained("two", [record(1, 4.0, val_loss=3.0)])
-    finished = call_program("compare_runs", tmp_path, tmp_path / "one", "--output", tmp_path / "chart.png")
+    finished = call_program("compare_runs", tmp_path, tmp_path / "one" / "..", "--output", tmp_path / "chart.png")
     assert finished.returncode == 0
     assert [cells(line)[0] for line in finished.stdout.splitlines()[2:4]] == ["one", "two"]
     assert finished.stdout.splitlines()[-1] == f"chart: {tmp_path / 'chart.png'}"
+
+
+@pytest.mark.parametrize("output", [".", "missing/chart.png"])
+def test_an_output_that_cannot_be_written_is_one_clear_line(trained, call_program, output):
+    finished = call_program("compare_runs", trained("one", [record(1, 4.0)]).path, "--output", output)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: {output}: expected a file in a folder that exists")
 
 
 @pytest.mark.parametrize("name", ["missing", "tokens"])

@@ -1,6 +1,7 @@
 """The two ladders from A-to-A to GPT-2: what changes from rung to rung, and nothing else."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -81,7 +82,7 @@ def test_the_rungs_are_all_there_and_each_has_its_readme(ladder):
     assert [folder.name for folder in folders] == RUNGS
     for folder in folders:
         text = (folder / "README.md").read_text()
-        assert text.startswith(f"# {folder.name}\n") and "**New:**" in text and "**Expect:**" in text
+        assert re.fullmatch(rf"# {folder.name}\n\n\*\*New:\*\* .+\n\n\*\*Expect:\*\* .*\d.*\n", text)
 
 
 def test_the_reference_rungs_have_their_published_sizes():

@@ -1,6 +1,7 @@
 """`train.py` as its users meet it: in a process of its own, on a tiny run."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -93,6 +94,12 @@ def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
     again = train(run)
     assert again.returncode == 0 and "finished: step 12 of 12" in again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_records_are_the_same_without_a_progress_bar(make_run):
+    run = make_run()
+    assert run_program("train.py", run, env=os.environ | {"TQDM_DISABLE": "1"}).returncode == 0
+    assert [record["global_step"] for record in read(run / "metrics.jsonl")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("per_call", [1, 4])

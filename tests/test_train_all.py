@@ -62,6 +62,21 @@ def test_a_run_that_fails_does_not_keep_the_others_from_training(call_program, l
     assert steps(ladder / "02") == list(range(1, 13))
 
 
+def test_a_folder_in_which_every_run_fails_has_nothing_to_compare(call_program, ladder):
+    for config in ladder.glob("*/train.json"):
+        config.write_text(json.dumps(TINY_TRAIN | {"dataset": str(ladder / "nowhere")}))
+    finished = call_program("train", ladder)
+    assert finished.returncode == 1
+    assert finished.stderr.count("error: ") == finished.stderr.count("nowhere") == 2
+
+
+def test_a_signal_while_a_run_ends_keeps_the_next_one_from_starting(ladder):
+    code, output = start_and_signal(ladder, signal.SIGTERM, after_step=12, metrics=ladder / "01" / "metrics.jsonl")
+    assert code == 143, output
+    assert steps(ladder / "01") == list(range(1, 13))
+    assert "run 2 of 2" not in output
+
+
 def test_a_config_error_in_any_run_shows_before_the_first_one_trains(call_program, ladder):
     (ladder / "02" / "model.json").write_text("{}")
     finished = call_program("train", ladder)
