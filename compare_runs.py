@@ -24,7 +24,11 @@ def make_parser() -> command_line.ArgumentParser:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--x", choices=comparison.X_LABELS, default="tokens", help="the horizontal axis (tokens)")
     parser.add_argument(
-        "--output", type=Path, default=Path("comparison.png"), metavar="FILE.png", help="the chart (comparison.png)"
+        "--output",
+        type=Path,
+        default=Path(comparison.CHART),
+        metavar="FILE.png",
+        help=f"the chart ({comparison.CHART})",
     )
     return parser
 

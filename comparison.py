@@ -17,6 +17,7 @@ from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
 from model import count_parameters
 from run_directory import RunDirectory
 
+CHART = "comparison.png"  # unless another name is asked for
 X_LABELS = {
     "tokens": "training tokens",
     "steps": "global step",
@@ -76,7 +77,7 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
         raise ValueError(f"{runs[0].path}: nothing to compare, no run has metrics yet; train one first")
     curves = [_curve(run, label, x) for run, label in zip(trained, labels(trained).values(), strict=True)]
     draw_comparison(chart, curves, x_label=X_LABELS[x])
-    skipped = [f"{run.path}: no metrics yet, skipped" for run, metrics in found.items() if metrics is None]
+    skipped = [f"{run.path}: no metrics yet, skipped" for run, read_run in found.items() if read_run is None]
     return [*table(trained), "", *skipped, f"chart: {chart}"]
 
 

@@ -14,7 +14,7 @@ import drift
 import metrics
 import preflight
 from command_line import say
-from comparison import compare
+from comparison import CHART, compare
 from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from dataset_sources import dataset_folder
@@ -79,7 +79,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
             return code
         failed |= code != command_line.DONE
     if any(run.metrics.exists() for run in runs) and not args.check:
-        print(*compare(runs, "tokens", args.run / "comparison.png"), sep="\n")
+        print(*compare(runs, "tokens", args.run / CHART), sep="\n")
     return command_line.FAILED if failed else command_line.DONE
 
 
