@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from weights import host_arrays, load_weights, match
 
 NAME = re.compile(r"(\d{8}T\d{6}Z)-iteration-(\d+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -99,9 +99,22 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
     return None, []
 
 
-def save(
-    folder: Path, model: nnx.Module, optimizer: nnx.Optimizer, meta: dict[str, Any], model_json: str
-) -> Checkpoint:
+@dataclass(frozen=True)
+class HostCopy:
+    """A model's parameters and its optimiser's state as they were at one moment, whatever training does to them next.
+
+    Both by dot-joined paths.
+    """
+
+    weights: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+
+
+def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
+    return HostCopy(host_arrays(nnx.state(model, nnx.Param)), host_arrays(nnx.state(optimizer)))
+
+
+def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
     """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`."""
     folder.mkdir(exist_ok=True)
     remove_staging(folder)
@@ -109,15 +122,7 @@ def save(
     staging = folder / f"{STAGING}{name}"
     staging.mkdir()
     try:
-        weights = staging / MODEL_FILE
-        save_file(_host_arrays(nnx.state(model, nnx.Param)), weights, metadata={"model.json": model_json})
-        weights.chmod(0o644)
-        optimizer_state: Any = _host_arrays(nnx.state(optimizer))
-        ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), optimizer_state)
-        (staging / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
-        manifest = {file: _describe(staging / file) for file in _files(staging)}
-        (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-        _sync_tree(staging)
+        _write(staging, state, meta, model_json)
         staging.rename(folder / name)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -128,6 +133,18 @@ def save(
     if checkpoint.is_best:
         _link(folder, "best", name)
     return checkpoint
+
+
+def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
+    weights = folder / MODEL_FILE
+    save_file(dict(state.weights), weights, metadata={"model.json": model_json})
+    weights.chmod(0o644)
+    optimizer: Any = state.optimizer
+    ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
+    (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
+    manifest = {file: _describe(folder / file) for file in _files(folder)}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    _sync_tree(folder)
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -156,37 +173,11 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
     Raises ValueError when names, shapes or dtypes differ from theirs; then both are as they were.
     """
     path = checkpoint.path
-    new_weights = _match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
+    new_weights = match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
     saved: Any = ocp.load(str((path / OPTIMIZER_FOLDER).absolute()))
-    new_state = _match(nnx.state(optimizer), saved, path / OPTIMIZER_FOLDER)
+    new_state = match(nnx.state(optimizer), saved, path / OPTIMIZER_FOLDER)
     nnx.update(model, new_weights)
     nnx.update(optimizer, new_state)
-
-
-def load_model(path: Path, model: nnx.Module) -> None:
-    """Put the weights of one `model.safetensors` into a model; raises ValueError when they do not fit."""
-    nnx.update(model, _match(nnx.state(model, nnx.Param), load_weights(path), path))
-
-
-def read_model_json(path: Path) -> str:
-    """Read the `model.json` that rides in a weights file. Raises ValueError when the file does not have one."""
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a model.safetensors, found nothing; checkpoints/latest/ of a run has one")
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if "model.json" not in metadata:
-        raise ValueError(f"{path}: expected a model.json in the file's metadata, found none; use one that we saved")
-    return metadata["model.json"]
-
-
-def load_weights(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -215,31 +206,6 @@ def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
         newest = time.strptime(checkpoints[-1].path.name[:16], TIME_FORMAT)
         seconds = max(seconds, calendar.timegm(newest) + 1)
     return f"{time.strftime(TIME_FORMAT, time.gmtime(seconds))}-iteration-{global_step}"
-
-
-def _names(state: nnx.State) -> dict[str, nnx.Variable]:
-    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-
-
-def _host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
-    arrays = jax.device_get({name: variable.get_value() for name, variable in _names(state).items()})
-    return {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-
-
-def _match(state: nnx.State, saved: dict[str, np.ndarray], source: Path) -> nnx.State:
-    """Return `state` with the saved arrays in it; raise ValueError on the first difference in form."""
-    current = {name: variable.get_value() for name, variable in _names(state).items()}
-    if missing := sorted(current.keys() - saved.keys()):
-        raise ValueError(f"{source}: lacks {len(missing)} arrays that the model has, such as {missing[0]}")
-    if unknown := sorted(saved.keys() - current.keys()):
-        raise ValueError(f"{source}: has {len(unknown)} arrays that the model lacks, such as {unknown[0]}")
-    for name, array in current.items():
-        form, saved_form = (f"{a.dtype}{list(a.shape)}" for a in (array, saved[name]))
-        if form != saved_form:
-            raise ValueError(f"{source}: {name}: expected {form}, got {saved_form}")
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    placed = jax.device_put([saved[name] for name in current], [array.sharding for array in current.values()])
-    return nnx.from_flat_state(zip(paths, placed, strict=True))
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from checkpointing import load_model, read_model_json
 from config import ModelConfig, parse_config
 from model import GPTModel, create_model
+from weights import load_model, read_model_json
 
 
 def load_saved_model(path: Path) -> GPTModel:

@@ -131,9 +131,8 @@ def save_checkpoint(training: Training, *, is_milestone: bool, prune: bool = Tru
 
 
 def commit(training: Training, meta: dict[str, Any]) -> checkpointing.Checkpoint:
-    return checkpointing.save(
-        training.run.checkpoints, training.model, training.optimizer, meta, training.model_config.model_dump_json()
-    )
+    state = checkpointing.copy_to_host(training.model, training.optimizer)
+    return checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
 
 
 def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"command_line", "config", "interruption", "mesh", "metrics", "run_directory", "samples", "tokenizer"},
-    {"builtin_data", "charts", "data", "drift", "inspection", "loss", "model", "optimizer"},
+    {"builtin_data", "charts", "data", "drift", "inspection", "loss", "model", "optimizer", "weights"},
     {"dataset_sources", "preflight", "steps"},
     {"checkpointing", "evaluation", "generation"},
     {"comparison", "saved_model", "training"},

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import checkpointing
-from checkpointing import choose, find_checkpoints, load, load_model, prune, read_model_json, save, verify
+from checkpointing import choose, copy_to_host, find_checkpoints, load, prune, save, verify
 from data import TokenStream
 from optimizer import make_optimizer
 from steps import train_step
+from weights import load_model, read_model_json
 
 MODEL_JSON = '{"any": "text"}'
 ONE_LAYER_NAMES = {
@@ -96,7 +97,7 @@ def template(tmp_path_factory):
     """A checkpoints folder with three good ones, of steps 10 (best), 20 and 30."""
     folder = tmp_path_factory.mktemp("template") / "checkpoints"
     for step in (10, 20, 30):
-        save(folder, *small(step), meta(step, is_best=step == 10), MODEL_JSON)
+        save(folder, copy_to_host(*small(step)), meta(step, is_best=step == 10), MODEL_JSON)
     return folder
 
 
@@ -124,7 +125,7 @@ def test_a_loaded_checkpoint_of_a_trained_model_is_the_saved_one_bit_for_bit(tmp
         for call in stream.calls(step, config.calls_per_step):
             train_step(*first, jax.device_put(call), jax.random.key(0), config)
     saved = bits(*first)
-    checkpoint = save(tmp_path / "checkpoints", *first, meta(3), MODEL_JSON)
+    checkpoint = save(tmp_path / "checkpoints", copy_to_host(*first), meta(3), MODEL_JSON)
     assert bits(*first) == saved  # saving changes nothing
     assert bits(*second).keys() == saved.keys() and bits(*second) != saved
     load(checkpoint, *second)
@@ -133,12 +134,12 @@ def test_a_loaded_checkpoint_of_a_trained_model_is_the_saved_one_bit_for_bit(tmp
 
 def test_every_kind_of_float_and_memory_layout_survives(tmp_path):
     first, second = small(2.5), small()
-    load(save(tmp_path / "checkpoints", *first, meta(), MODEL_JSON), *second)
+    load(save(tmp_path / "checkpoints", copy_to_host(*first), meta(), MODEL_JSON), *second)
     assert bits(*second) == bits(*first)
 
 
 def test_the_layout_is_the_one_of_the_design(tmp_path):
-    checkpoint = save(tmp_path / "checkpoints", *small(), meta(375, is_best=True, loss=1.5), MODEL_JSON)
+    checkpoint = save(tmp_path / "checkpoints", copy_to_host(*small()), meta(375, is_best=True, loss=1.5), MODEL_JSON)
     name = checkpoint.path.name
     assert names_in(checkpoint.path.parent) == {name, "latest", "best"}
     assert names_in(checkpoint.path) == {"model.safetensors", "optimizer", "meta.json", "manifest.json"}
@@ -154,7 +155,7 @@ def test_a_name_is_utc_time_and_global_step(tmp_path, monkeypatch):
     time.tzset()
     monkeypatch.setattr(time, "time", moment.timestamp)
     try:
-        checkpoint = save(tmp_path / "checkpoints", *small(), meta(375), MODEL_JSON)
+        checkpoint = save(tmp_path / "checkpoints", copy_to_host(*small()), meta(375), MODEL_JSON)
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -165,7 +166,7 @@ def test_weights_go_by_dot_joined_paths_and_carry_the_model_json(tmp_path):
     model = tiny_model(n_layers=1)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     text = model.config.model_dump_json()
-    weights = save(tmp_path / "checkpoints", model, optimizer, meta(), text).path / "model.safetensors"
+    weights = save(tmp_path / "checkpoints", copy_to_host(model, optimizer), meta(), text).path / "model.safetensors"
     with safe_open(weights, "numpy") as file:
         assert file.metadata() == {"model.json": text}
         assert set(file.keys()) == ONE_LAYER_NAMES
@@ -177,7 +178,9 @@ def test_weights_go_by_dot_joined_paths_and_carry_the_model_json(tmp_path):
 def test_a_tied_head_is_saved_once_and_stays_tied(tmp_path):
     first, second = (tiny_model(seed, n_layers=1, tied_head=True) for seed in (0, 1))
     optimizer = nnx.Optimizer(first, optax.sgd(0.1), wrt=nnx.Param)
-    weights = save(tmp_path / "checkpoints", first, optimizer, meta(), MODEL_JSON).path / "model.safetensors"
+    weights = (
+        save(tmp_path / "checkpoints", copy_to_host(first, optimizer), meta(), MODEL_JSON).path / "model.safetensors"
+    )
     assert set(load_file(weights)) == ONE_LAYER_NAMES - {"head.embedding"}
     load_model(weights, second)
     assert bits(second) == bits(first)
@@ -363,7 +366,7 @@ def test_a_failing_save_leaves_the_folder_as_it_was(three, monkeypatch, broken, 
 
     monkeypatch.setattr(*broken, fail)
     with pytest.raises(type(error)):
-        save(folder, *small(), meta(40, is_best=True), MODEL_JSON)
+        save(folder, copy_to_host(*small()), meta(40, is_best=True), MODEL_JSON)
     monkeypatch.undo()
     assert listing(folder) == before
     assert choose(folder, None) == (newest, [])
@@ -373,7 +376,7 @@ def test_meta_that_is_not_strict_json_is_not_committed(three):
     folder, _ = three
     before = listing(folder)
     with pytest.raises(ValueError):
-        save(folder, *small(), meta(40, loss=float("nan")), MODEL_JSON)
+        save(folder, copy_to_host(*small()), meta(40, loss=float("nan")), MODEL_JSON)
     assert listing(folder) == before
 
 
@@ -382,7 +385,7 @@ def test_leftovers_of_a_killed_save_are_invisible_and_go_with_the_next_one(three
     shutil.copytree(newest.path, folder / ".staging-20990101T000000Z-iteration-40")
     (folder / ".latest.tmp").symlink_to("nowhere")
     assert choose(folder, None) == (newest, [])
-    added = save(folder, *small(), meta(40), MODEL_JSON)
+    added = save(folder, copy_to_host(*small()), meta(40), MODEL_JSON)
     assert choose(folder, None) == (added, [])
     assert not [name for name in names_in(folder) if name.startswith(".")]
 
@@ -410,9 +413,8 @@ from pathlib import Path
 import numpy as np
 import checkpointing
 
-# no backend is started, so that forking is safe: only the arrays and Orbax's files are stand-ins
-checkpointing.nnx.state = lambda *_: None
-checkpointing._host_arrays = lambda _: {"weight": np.zeros(3, np.float32)}
+# no backend is started, so that forking is safe: only Orbax's files are stand-ins
+STATE = checkpointing.HostCopy({"weight": np.zeros(3, np.float32)}, {})
 def save_some_files(folder, _):
     os.mkdir(folder)
     Path(folder, "one").write_text("1")
@@ -420,7 +422,7 @@ checkpointing.ocp.save = save_some_files
 EVENTS = {"open", "os.rename", "os.mkdir", "os.symlink", "os.remove", "os.rmdir", "os.chmod"}
 
 def commit(folder, step):
-    checkpointing.save(folder, None, None, {"global_step": step, "is_best": step != 3}, "{}")
+    checkpointing.save(folder, STATE, {"global_step": step, "is_best": step != 3}, "{}")
     checkpointing.prune(folder, 1)
 
 def killed_at(folder, number):
@@ -476,7 +478,7 @@ def test_names_sort_in_the_order_of_commits_whatever_the_clock_says(tmp_path, mo
     for step in steps:
         now = next(times)
         monkeypatch.setattr(time, "time", lambda now=now: now)
-        save(tmp_path, *small(), meta(step), MODEL_JSON)
+        save(tmp_path, copy_to_host(*small()), meta(step), MODEL_JSON)
         monkeypatch.undo()
     assert [c.global_step for c in find_checkpoints(tmp_path)] == steps
     assert choose(tmp_path, None)[0].global_step == 1
@@ -495,7 +497,7 @@ def test_pruning_keeps_the_newest_and_the_best(three, keep, survivors):
 
 def test_of_several_best_ones_the_newest_is_kept(tmp_path):
     for step, is_best in [(1, True), (2, True), (3, False), (4, False)]:
-        save(tmp_path, *small(), meta(step, is_best), MODEL_JSON)
+        save(tmp_path, copy_to_host(*small()), meta(step, is_best), MODEL_JSON)
     prune(tmp_path, 1)
     assert [c.global_step for c in find_checkpoints(tmp_path)] == [2, 4]
     assert choose(tmp_path, "best")[0].global_step == 2
@@ -510,13 +512,12 @@ def test_best_and_latest_survive_any_sequence_of_saves_and_clock_jumps(keep, com
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as monkeypatch:
         folder, now, alive = Path(name), 1e9, []
         monkeypatch.setattr(checkpointing, "save_file", lambda arrays, path, metadata: path.write_bytes(b""))
-        monkeypatch.setattr(checkpointing, "_host_arrays", lambda state: {})
         monkeypatch.setattr(checkpointing.ocp, "save", lambda path, state: None)
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
         monkeypatch.setattr(time, "time", lambda: now)
         for number, (step, is_best, jump) in enumerate(commits):
             now += jump
-            save(folder, *TINY, meta(step, is_best, number=number), MODEL_JSON)
+            save(folder, TINY, meta(step, is_best, number=number), MODEL_JSON)
             prune(folder, keep)
             alive.append((number, is_best))
             best = [commit for commit in alive if commit[1]][-1:]
@@ -528,7 +529,7 @@ def test_best_and_latest_survive_any_sequence_of_saves_and_clock_jumps(keep, com
             assert choose(folder, "latest")[0].meta["number"] == number
 
 
-TINY = small()
+TINY = checkpointing.HostCopy({}, {})
 
 
 # What is refused
@@ -581,7 +582,7 @@ def test_another_optimizer_is_refused_and_the_model_unchanged(three, transformat
 def test_a_model_of_another_shape_is_refused(tmp_path, saved, current):
     first, second = (tiny_model(n_layers=0, **changes) for changes in (saved, current))
     optimizers = [nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param) for model in (first, second)]
-    checkpoint = save(tmp_path, first, optimizers[0], meta(), MODEL_JSON)
+    checkpoint = save(tmp_path, copy_to_host(first, optimizers[0]), meta(), MODEL_JSON)
     before = bits(second)
     with pytest.raises(ValueError, match=r"model\.safetensors: .*(lacks|expected)"):
         load(checkpoint, second, optimizers[1])

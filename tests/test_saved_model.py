@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpointing
 from saved_model import load_saved_model
+from weights import read_model_json
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,9 @@ def saved(tmp_path_factory):
     model = tiny_model(seed=3, n_layers=0, tied_head=True, shortcut=False)  # n_layers 0 compiles fast
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     text = model.config.model_dump_json()
+    state = checkpointing.copy_to_host(model, optimizer)
     meta = {"global_step": 1, "is_best": True}
-    checkpoint = checkpointing.save(tmp_path_factory.mktemp("run") / "checkpoints", model, optimizer, meta, text)
+    checkpoint = checkpointing.save(tmp_path_factory.mktemp("run") / "checkpoints", state, meta, text)
     return model, checkpoint.path / "model.safetensors"
 
 
@@ -37,7 +39,7 @@ def test_a_copied_file_is_the_same_model_elsewhere(saved, tmp_path):
 def edit(weights, target, change=lambda arrays: None, **metadata):
     arrays = load_file(weights)
     change(arrays)
-    save_file(arrays, target, metadata or {"model.json": checkpointing.read_model_json(weights)})
+    save_file(arrays, target, metadata or {"model.json": read_model_json(weights)})
 
 
 WRONG_FILES = {
