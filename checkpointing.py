@@ -23,11 +23,13 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 from safetensors.numpy import save_file
 
+from config import read_json
 from weights import host_arrays, load_weights, match
 
 NAME = re.compile(r"(\d{8}T\d{6}Z)-iteration-(\d+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
-STAGING = ".staging-"
+STAGING, DAMAGED = ".staging-", "damaged-"
+SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
 MODEL_FILE, OPTIMIZER_FOLDER, META_FILE, MANIFEST_FILE = "model.safetensors", "optimizer", "meta.json", "manifest.json"
 
 
@@ -45,11 +47,11 @@ class Checkpoint:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What was saved beside the arrays. Raises ValueError when it is unreadable."""
-        try:
-            return json.loads((self.path / META_FILE).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path / META_FILE}: unreadable ({error})") from None
+        """What was saved beside the arrays. Raises ValueError when it is unreadable, or of another step."""
+        meta = read_json(self.path / META_FILE)
+        if meta.get("global_step", self.global_step) != self.global_step:
+            raise ValueError(f"{self.path / META_FILE}: expected global_step {self.global_step}, as the folder says")
+        return meta
 
     @property
     def is_best(self) -> bool:
@@ -74,7 +76,8 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str]]:
     """Choose the checkpoint to go on from: the newest good one, or `which` ("best", "latest" or a name).
 
-    Returns it (None: there are none yet), and a line for every damaged one that was passed over.
+    Returns it (None: there are none yet), and a line for every newer, damaged one, which is renamed so that it no
+    longer counts and can be looked at: only for the holder of the run's lock.
     Raises ValueError when the one asked for is missing or damaged, or all are damaged.
     """
     checkpoints = find_checkpoints(folder)
@@ -87,16 +90,29 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
             raise ValueError(f"{folder}: no checkpoint {which!r}; there are: {names}")
         verify(wanted[-1])
         return wanted[-1], []
-    complaints = []
+    damaged: list[tuple[Checkpoint, ValueError]] = []
     for checkpoint in reversed(checkpoints):
         try:
             verify(checkpoint)
-            return checkpoint, complaints
         except ValueError as error:
-            complaints.append(f"passing over a damaged checkpoint: {error}")
-    if checkpoints:
-        raise ValueError(f"{complaints[0]}; no good checkpoint is left: move {folder} away to start again")
+            damaged.append((checkpoint, error))
+        else:
+            return checkpoint, [_set_aside(bad, error) for bad, error in damaged]
+    if damaged:  # they keep their names: a start from the beginning is for the user to decide
+        raise ValueError(f"{damaged[0][1]}; no good checkpoint is left: move {folder} away to start again")
     return None, []
+
+
+def _set_aside(checkpoint: Checkpoint, error: ValueError) -> str:
+    aside = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
+    checkpoint.path.rename(aside)
+    left = find_checkpoints(aside.parent)
+    _link(aside.parent, "latest", left[-1].path.name)
+    if best := [c for c in left if c.is_best][-1:]:
+        _link(aside.parent, "best", best[0].path.name)
+    else:
+        (aside.parent / "best").unlink(missing_ok=True)
+    return f"passing over a damaged checkpoint: {error}; kept as {aside.name}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,10 @@ def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
 
 
 def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
-    """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`."""
+    """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`.
+
+    Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
+    """
     folder.mkdir(exist_ok=True)
     remove_staging(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
@@ -124,8 +143,11 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
     try:
         _write(staging, state, meta, model_json)
         staging.rename(folder / name)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if match_number := isinstance(error, Exception) and SYSTEM_ERROR.search(str(error)):
+            number = int(match_number[1])  # what the libraries' native code says of the disk
+            raise OSError(number, os.strerror(number), str(staging)) from error
         raise
     _sync(folder)
     checkpoint = Checkpoint(folder / name)
@@ -151,20 +173,31 @@ def verify(checkpoint: Checkpoint) -> None:
     """Compare every file with the manifest. Raises ValueError that names the first bad file."""
     path = checkpoint.path
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_bytes())
+        found = set(_files(path))
+        manifest = read_json(path / MANIFEST_FILE)
         expected = {file: (entry["size"], entry["sha256"]) for file, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path / MANIFEST_FILE}: missing or unreadable ({type(error).__name__})") from None
-    found = set(_files(path)) - {MANIFEST_FILE}
-    for file in sorted(found ^ expected.keys()):
+    except (OSError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be listed ({type(error).__name__})") from None
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{path / MANIFEST_FILE}: expected size and sha256 of every file, got something else"
+        ) from None
+    for file in found | expected.keys():
+        if not file.isprintable() or len(file) > 1000:
+            raise ValueError(f"{path}: expected files of plain names, got {file[:100]!r}")
+    for file in sorted(found):
+        if (path / file).is_symlink() or not (path / file).is_file():  # reading a pipe would wait for its writer
+            raise ValueError(f"{path / file}: is a link or a device, expected a plain file")
+    for file in sorted((found - {MANIFEST_FILE}) ^ expected.keys()):
         raise ValueError(f"{path / file}: {'missing' if file in expected else 'not in the manifest'}")
     for file, (size, digest) in expected.items():
         try:
-            actual = _describe(path / file)
+            is_whole = (path / file).stat().st_size == size and _describe(path / file)["sha256"] == digest
         except OSError as error:
             raise ValueError(f"{path / file}: unreadable ({error.strerror})") from None
-        if (actual["size"], actual["sha256"]) != (size, digest):
+        if not is_whole:
             raise ValueError(f"{path / file}: content differs from the manifest")
+    _ = checkpoint.meta  # raises when the whole folder is a copy of another checkpoint's
 
 
 def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
@@ -174,10 +207,21 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
     """
     path = checkpoint.path
     new_weights = match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
-    saved: Any = ocp.load(str((path / OPTIMIZER_FOLDER).absolute()))
-    new_state = match(nnx.state(optimizer), saved, path / OPTIMIZER_FOLDER)
+    new_state = match(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)
     nnx.update(model, new_weights)
     nnx.update(optimizer, new_state)
+
+
+def read(checkpoint: Checkpoint) -> HostCopy:
+    """Read the arrays of a verified checkpoint, without a model to put them into."""
+    weights = load_weights(checkpoint.path / MODEL_FILE)
+    arrays = weights, _load_optimizer(checkpoint)
+    return HostCopy(*({name: np.asarray(array) for name, array in part.items()} for part in arrays))
+
+
+def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    saved: Any = ocp.load(str((checkpoint.path / OPTIMIZER_FOLDER).absolute()))
+    return saved
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -209,7 +253,7 @@ def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 import difflib
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LARGEST_FILE_BYTES = 1_000_000  # a config is a page of text; anything longer is some other file
+# What is longer is some other file, and is not read.
+LARGEST_JSON_BYTES = 1_000_000  # configs, and what checkpoints say of themselves, are a few pages
+MOST_LEVELS = 10  # of JSON in JSON
+LARGEST_HEADER_BYTES = 4_000_000  # of a safetensors file: enough for thousands of layers
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
 JSON_NAMES = {
     list: "an array",
@@ -129,7 +135,7 @@ class TrainConfig(Config):
             raise ValueError("min_train_tokens=0: expected -1 (all tokens) or a positive number")
         steps, per_call = self.gradient_accumulation_steps, self.microbatches_per_call
         if per_call is not None and steps % per_call:
-            divisors = ", ".join(str(d) for d in range(1, steps + 1) if steps % d == 0)
+            divisors = ", ".join(str(d) for d in range(1, min(steps, 1000) + 1) if steps % d == 0)
             raise ValueError(
                 f"microbatches_per_call={per_call} does not divide gradient_accumulation_steps={steps}; "
                 f"use one of {divisors}"
@@ -167,44 +173,70 @@ def load_config(path: Path, config_class: type[C]) -> C:
 
     Raises ValueError with one line that names the file, the key, what was expected and what was found.
     """
-    try:
-        if path.stat().st_size > LARGEST_FILE_BYTES:
-            raise ValueError(f"{path}: expected a config of a few lines, got {path.stat().st_size:,} bytes")
-        text = path.read_bytes().decode("utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: expected a JSON file, found nothing; write one (runs/quickstart has both)") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: expected a JSON file, got a folder") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got other bytes at position {error.start}") from None
+    text = _read_text(path, "a config of a few lines", "; write one (runs/quickstart has both)")
     return parse_config(text, config_class, str(path))
 
 
 def parse_config(text: str, config_class: type[C], source: str) -> C:
     """Validate the text of a config, which must be strict JSON; `source` names it in errors (ValueError)."""
+    content = _parse_object(text, source)
+    try:
+        return config_class(**content)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{source}: {_first_complaint(error, config_class)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a program has saved. Raises ValueError with one line that names the file."""
+    return _parse_object(_read_text(path, "a few pages of JSON"), str(path))
+
+
+def _read_text(path: Path, expected: str, remedy: str = "") -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ValueError(f"{path}: expected a JSON file, got a folder or a device")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON_BYTES + 1)
+        if len(content) > LARGEST_JSON_BYTES:
+            raise ValueError(f"{path}: expected {expected}, got {path.stat().st_size:,} bytes")
+        return content.decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: expected a JSON file, found nothing{remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a JSON file, cannot read it ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes at position {error.start}") from None
+
+
+def _parse_object(text: str, source: str) -> dict[str, Any]:
     if text.startswith("\ufeff"):
         raise ValueError(f"{source}: starts with a byte order mark (BOM); save it as plain UTF-8")
     try:
         content = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+        if _levels(content) > MOST_LEVELS:
+            raise RecursionError
         if isinstance(content, dict):
-            return config_class(**content)
+            return content
         complaint = f"expected a JSON object {{…}}, got {JSON_NAMES[type(content)]}"
     except json.JSONDecodeError as error:
         complaint = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-    except pydantic.ValidationError as error:
-        complaint = _first_complaint(error, config_class)
     except RecursionError:
-        complaint = "nested too deeply for a config"
+        complaint = "nested too deeply for a config or a list of files"
     except ValueError as error:
         complaint = str(error)
     raise ValueError(f"{source}: {complaint}")
+
+
+def _levels(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, inner), default=0)
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"duplicate key {name!r}; keep one")
+            raise ValueError(f"duplicate key {_shortened(repr(name))}; keep one")
         content[name] = value
     return content
 
@@ -215,7 +247,7 @@ def _refuse_constant(name: str) -> None:
 
 def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]) -> str:
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = _shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
         return f"missing key {name!r}"
     if first["type"] == "extra_forbidden":
@@ -224,7 +256,11 @@ def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "value_error":  # from our own validators, which say it all
-        return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")
-    got = json.dumps(first["input"], default=str)
+        return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
+    got = _shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
-    return f"{name}: {expected}, got {got if len(got) <= 60 else got[:57] + '…'}"
+    return f"{name}: {expected}, got {got}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"

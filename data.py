@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from config import ModelConfig, TrainConfig, tokens_per_global_step
+from config import LARGEST_HEADER_BYTES, MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_step
 
 INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
@@ -44,7 +44,10 @@ def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
             f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
         )
     with _open_tokens(path) as file:
-        ids = file.get_slice("tokens")[start:stop]
+        tensor = file.get_slice("tokens")
+        if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > MEMORY_BYTES:  # U16: 16 bits
+            raise ValueError(f"{path}: {stop - start:,} tokens do not fit into this machine's memory; use fewer tokens")
+        ids = tensor[start:stop]
     _check_ids(path, ids, vocab_size, start)
     return jax.device_put(ids.astype(np.uint16, copy=False), jax.local_devices(backend="cpu")[0])
 
@@ -53,18 +56,21 @@ def _open_tokens(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
     try:
+        with path.open("rb") as header:
+            if int.from_bytes(header.read(8), "little") > LARGEST_HEADER_BYTES:
+                raise OSError("its header is too large")
         file = safe_open(path, "numpy")
         names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); make it again") from None
+    except (SafetensorError, OSError) as error:  # which may quote the file, line breaks and all
+        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]!r}); make it again") from None
     if "tokens" not in names:
-        found = ", ".join(names[:5]) or "none"
+        found = repr(", ".join(names[:5]))[1:-1][:200] or "none"  # a name may hold anything
         raise ValueError(f"{path}: expected a tensor named 'tokens', got {found}; rename it")
     tensor = file.get_slice("tokens")
     if len(tensor.get_shape()) != 1 or tensor.get_dtype() not in INTEGER_TYPES:
         raise ValueError(
             f"{path}: expected 'tokens' to be one-dimensional integers, "
-            f"got shape {tuple(tensor.get_shape())} of {tensor.get_dtype()}; flatten and cast it"
+            f"got shape {str(tuple(tensor.get_shape()))[:100]} of {tensor.get_dtype()}; flatten and cast it"
         )
     return file
 

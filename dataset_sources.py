@@ -38,6 +38,12 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
     return folder
 
 
+def dataset_revision(folder: Path) -> str | None:
+    """Return the commit of the Hub dataset that a folder was downloaded from, as the client has noted it there."""
+    note = folder / ".cache" / "huggingface" / "download" / "train.safetensors.metadata"
+    return note.read_text().split("\n")[0] if note.is_file() else None
+
+
 def _write_token_files(folder: Path, tokens: dict[str, np.ndarray]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))

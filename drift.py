@@ -50,7 +50,11 @@ def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bo
     for split, remedy in (("train", "start a new run"), ("validation", "go on with --accept-changes")):
         old, new = saved["data"][split], data[split]
         if old != new and not (split == "validation" and accept):
-            raise ValueError(f"the {split} tokens are not the checkpoint's: {old} → {new}; restore them or {remedy}")
+            revisions = f"{saved['data'].get('revision')} → {data.get('revision')}"
+            origin = f" (revisions of the Hub dataset: {revisions})" if "None" not in revisions else ""
+            raise ValueError(
+                f"the {split} tokens are not the checkpoint's: {old} → {new}{origin}; restore them or {remedy}"
+            )
 
 
 def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:

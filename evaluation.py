@@ -1,5 +1,7 @@
 """Mean loss over held-out batches."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -8,10 +10,13 @@ from model import GPTModel
 from steps import eval_step
 
 
-def mean_loss(model: GPTModel, stream: TokenStream) -> float:
-    """Average the loss over every whole batch of a token stream, in nats per token."""
-    losses = []
+def mean_loss(model: GPTModel, stream: TokenStream, stop: Callable[[], bool] = lambda: False) -> float | None:
+    """Average the loss over every whole batch of a token stream, in nats per token; None when `stop` became true."""
+    losses: list[jax.Array] = []
     for step in range(stream.num_steps):
+        jax.block_until_ready(losses[:-1])  # not far ahead of the device, so that a stop is heard
+        if stop():
+            return None
         inputs_KBT, targets_KBT = jax.device_put(stream.batch(step))
         losses += [eval_step(model, inputs_BT, targets_BT) for inputs_BT, targets_BT in zip(inputs_KBT, targets_KBT)]
     return float(np.mean(jax.device_get(losses), dtype=np.float64))

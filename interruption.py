@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: the first one asks for a stop at the next good moment, the second one leaves at once.
 
+SIGUSR1 asks for a checkpoint.
+
 A Python signal handler waits for the main thread, which may be inside XLA for minutes; so a second thread listens,
 through the file descriptor that Python's own C handler writes to.
 """
@@ -16,10 +18,20 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """Whether, and by which signal, the user has asked for a stop."""
+    """Whether, and by which signal, the user has asked for a stop; and whether for a checkpoint meanwhile."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._wants_save = threading.Event()
+
+    def ask_to_save(self) -> None:
+        self._wants_save.set()
+
+    def take_save_request(self) -> bool:
+        """Say whether a checkpoint was asked for since the last call."""
+        wanted = self._wants_save.is_set()
+        self._wants_save.clear()
+        return wanted
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
@@ -33,7 +45,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for as long as the block runs; must be entered by the main thread."""
+    """Turn SIGINT, SIGTERM and SIGUSR1 into requests while the block runs; must be entered by the main thread."""
     request = StopRequest()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -44,6 +56,8 @@ def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
 
     def listen() -> None:
         while received := reader.recv(1):
+            if received[0] == signal.SIGUSR1:
+                request.ask_to_save()
             if received[0] not in EXIT_CODES:
                 continue
             if request:
@@ -52,7 +66,7 @@ def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
             request.signal_number = received[0]
             announce(first_message)
 
-    previous = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+    previous = {number: signal.signal(number, lambda *_: None) for number in (*EXIT_CODES, signal.SIGUSR1)}
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()

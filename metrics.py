@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one strict-JSON line per global step, append-only."""
 
+import errno
 import json
 import math
 import os
@@ -11,12 +12,18 @@ Record = dict[str, Any]
 
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
-    """Append one line per record; `durable` waits for the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    """Append one line per record; `durable` waits for the disk. After an OSError the file is as it was."""
+    content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read(path: Path) -> list[Record]:
@@ -42,11 +49,16 @@ def cut_after(path: Path, global_step: int) -> list[Record]:
     """Drop the lines after `global_step` (and a torn last one) from the file; return the lines that stay."""
     kept = [record for record in read(path) if record["global_step"] <= global_step]
     if path.exists():
-        shorter = path.with_suffix(".jsonl.tmp")
-        shorter.unlink(missing_ok=True)
-        append(shorter, kept, durable=True)
-        shorter.replace(path)
+        rewrite(path, kept)
     return kept
+
+
+def rewrite(path: Path, records: Iterable[Record]) -> None:
+    """Put a new file in the place of the old one, in one step."""
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.unlink(missing_ok=True)
+    append(temporary, records, durable=True)
+    temporary.replace(path)
 
 
 def finite(value: float) -> float | None:

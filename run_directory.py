@@ -3,10 +3,15 @@
 import contextlib
 import fcntl
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
+
+OWNER = re.compile(r"process (\d+) on (\S+)\n")
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,34 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = file.read().strip() or "another process"
+                owner = _owner(file)
                 raise ValueError(f"{self.path}: is being trained by {owner}; stop that one or wait for it") from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+
+def _owner(file: TextIO) -> str:
+    """Read who holds a lock; the holder writes it just after it has got the lock, over what a dead one has left."""
+    text = ""
+    for _ in range(100):
+        file.seek(0)
+        text = file.read()
+        if (match := OWNER.fullmatch(text)) and (match[2] != socket.gethostname() or _is_alive(int(match[1]))):
+            return text.strip()
+        time.sleep(0.01)
+    return text.strip() or "another process"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:

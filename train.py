@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import jax
@@ -11,30 +10,29 @@ from tqdm import tqdm
 import checkpointing
 import command_line
 import drift
-import metrics
 import preflight
 from command_line import say
 from comparison import CHART, compare
 from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
-from dataset_sources import dataset_folder
+from dataset_sources import dataset_folder, dataset_revision
 from inspection import check_parameters_changed, first_loss_line, parameter_hashes
 from interruption import StopRequest, listening
 from mesh import describe_devices
 from model import create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory, find_runs
+from saving import Saver
 from steps import train_step
 from training import (
     Report,
     Training,
+    at_milestone,
     collect,
-    commit,
     cut_after,
     mean_of_calls,
-    next_milestone,
+    note_metrics,
     place_batch,
-    save_checkpoint,
     tokens_per_second,
 )
 
@@ -126,7 +124,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
     say(*complaints)
     if checkpoint:
         say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
-        if checkpoint.global_step == total:
+        if checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True):
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
     say(describe_devices())
@@ -141,8 +139,9 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
         f"left at once; to go on from the last checkpoint: {resume_line}",
     ) as stop:
         train(training, stop)
-    if training.global_step == total:
-        say(f"finished: {training.seconds_before + time.monotonic() - training.started:,.0f} s of training")
+    if training.global_step == total and not training.lacks_milestone:
+        share = training.seconds_paused / training.seconds
+        say(f"finished: {training.seconds:,.0f} s of training, {share:.1%} of them waiting for checkpoints")
         return stop.exit_code if stop else command_line.DONE  # in a folder of runs the next one must not start
     say(f"stopped and saved at step {training.global_step:,} of {total:,}; to go on: {resume_line}")
     return stop.exit_code
@@ -162,6 +161,7 @@ def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, to
     prints = {
         "train": fingerprint(train_stream.tokens),
         "validation": fingerprint(val_stream.tokens) if val_stream else None,
+        "revision": dataset_revision(folder),
     }
     model = create_model(model_config, config.seed, config.drop_rate, config.precision)
     return Training(
@@ -184,9 +184,13 @@ def go_on_from(checkpoint: checkpointing.Checkpoint, training: Training, args: a
     checkpointing.load(checkpoint, training.model, training.optimizer)
     training.global_step = training.saved_step = checkpoint.global_step
     training.seconds_before = checkpoint.meta["seconds_trained"]
+    training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
     if args.from_checkpoint:  # commit it again, so that it is the newest and the next start goes on from it as well
-        commit(training, checkpoint.meta | training.snapshot)
+        state = checkpointing.copy_to_host(training.model, training.optimizer)
+        meta = checkpoint.meta | training.snapshot
+        checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
     cut_after(training, checkpoint.global_step)
+    training.lacks_milestone = not checkpoint.meta.get("is_milestone", True) and at_milestone(training)
     say(f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}")
 
 
@@ -198,31 +202,34 @@ def train(training: Training, stop: StopRequest) -> None:
     config, total = training.config, training.total_steps
     seed_key = jax.random.key(config.seed)
     hashes = parameter_hashes(training.model) if training.global_step == 0 else None
-    batch = place_batch(training)
-    in_flight: list[tuple[int, list[Report]]] = []  # steps whose reports are still on the device, one step late
+    batch, checksum = place_batch(training)
+    in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
     is_stuck = False
     say("compiling the training step")
-    with tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar:
+    with (
+        Saver(training, lambda: bool(stop)) as saver,
+        tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar,
+    ):
+        if training.lacks_milestone:
+            say(*saver.save(is_milestone=True))
         while training.global_step < total and not stop and not is_stuck:
             reports = [train_step(training.model, training.optimizer, part, seed_key, config) for part in batch]
             training.global_step += 1
-            in_flight.append((training.global_step, reports))
+            in_flight.append((training.global_step, reports, checksum))
             if training.global_step < total:
-                batch = place_batch(training)  # while the device works on this step
+                batch, checksum = place_batch(training)  # while the device works on this step
             if hashes:
                 check_first_update(training, reports, hashes)
                 hashes = None
-            is_milestone = training.global_step in (total, next_milestone(training))
-            while len(in_flight) > (0 if is_milestone else 1):
+            is_due, is_wanted = at_milestone(training), stop.take_save_request()
+            while len(in_flight) > (0 if is_due or is_wanted else 1):
                 is_stuck |= finish_step(training, *in_flight.pop(0), bar)
-            if is_milestone:
-                say(*save_checkpoint(training, is_milestone=True))
-            else:
-                metrics.append(training.run.metrics, training.unwritten())
-        for step, reports in in_flight:
-            is_stuck |= finish_step(training, step, reports, bar)
-    if training.saved_step != training.global_step:
-        say(*save_checkpoint(training, is_milestone=False, prune=not is_stuck))
+            if is_due or is_wanted:
+                say(*saver.save(is_milestone=is_due))
+            say(*saver.news(), *note_metrics(training))
+        for finished in in_flight:
+            is_stuck |= finish_step(training, *finished, bar)
+        say(*saver.finish(is_milestone=at_milestone(training), prune=not is_stuck))
     if is_stuck:
         raise RuntimeError(
             f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
@@ -231,9 +238,9 @@ def train(training: Training, stop: StopRequest) -> None:
         )
 
 
-def finish_step(training: Training, step: int, reports: list[Report], bar: tqdm) -> bool:
+def finish_step(training: Training, step: int, reports: list[Report], checksum: int, bar: tqdm) -> bool:
     """Wait for a step, show it, and say whether too many updates in a row were rejected."""
-    record = collect(training, step, reports)
+    record = collect(training, step, reports, checksum)
     loss = math.nan if record["loss"] is None else record["loss"]
     bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second(training):,.0f} tokens/s", refresh=False)
     bar.update()

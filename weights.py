@@ -1,12 +1,18 @@
 """Arrays of `nnx` modules by name, on the host, and the safetensors files that hold them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
+
+from config import LARGEST_HEADER_BYTES, LARGEST_JSON_BYTES
+
+FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def load_model(path: Path, model: nnx.Module) -> None:
@@ -16,46 +22,83 @@ def load_model(path: Path, model: nnx.Module) -> None:
 
 def read_model_json(path: Path) -> str:
     """Read the `model.json` that rides in a weights file. Raises ValueError when the file does not have one."""
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a model.safetensors, found nothing; checkpoints/latest/ of a run has one")
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    with _open(path) as file:
+        metadata = file.metadata() or {}
     if "model.json" not in metadata:
         raise ValueError(f"{path}: expected a model.json in the file's metadata, found none; use one that we saved")
+    if len(metadata["model.json"]) > LARGEST_JSON_BYTES:
+        raise ValueError(f"{path}: expected a model.json of a few lines in the file's metadata; use one that we saved")
     return metadata["model.json"]
 
 
-def load_weights(path: Path) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in a weights file: its form stands in the file's header, its content is read by `np.asarray`."""
+
+    source: str
+    content: Any  # a slice of safetensors
+
+    @property
+    def dtype(self) -> str:
+        dtype = self.content.get_dtype()
+        return FLOAT_TYPES.get(dtype, dtype)
+
+    @property
+    def shape(self) -> list[int]:
+        return self.content.get_shape()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.content[...]
+        if not np.isfinite(array).all():
+            raise ValueError(f"{self.source}: expected finite numbers, got NaN or infinity; use an earlier checkpoint")
+        return array
+
+
+def load_weights(path: Path) -> dict[str, StoredArray]:
+    """Open a weights file; of its arrays nothing is read yet. Raises ValueError when it is another kind of file."""
+    with _open(path) as file:
+        names = file.keys()
+        return {name: StoredArray(f"{path}: {name}", file.get_slice(name)) for name in names}
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a model.safetensors, found nothing; checkpoints/latest/ of a run has one")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER_BYTES:
+                raise OSError("its header is too large")
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError) as error:  # which may quote the file, line breaks and all
+        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]!r})") from None
 
 
-def _names(state: nnx.State) -> dict[str, nnx.Variable]:
-    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+def named_arrays(state: nnx.State) -> dict[str, Any]:
+    """Return the arrays of a state by dot-joined paths."""
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
     """Copy the arrays of a state to the host, by dot-joined paths; what is donated later does not change them."""
-    arrays = jax.device_get({name: variable.get_value() for name, variable in _names(state).items()})
+    arrays = jax.device_get(named_arrays(state))
     return {name: np.array(array, order="C", copy=True) for name, array in arrays.items()}  # on a CPU, else a view
 
 
-def match(state: nnx.State, saved: dict[str, np.ndarray], source: Path) -> nnx.State:
-    """Return `state` with the saved arrays in it; raise ValueError on the first difference in form."""
-    current = {name: variable.get_value() for name, variable in _names(state).items()}
+def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State:
+    """Return `state` with the saved arrays in it, which are read only when all of them fit.
+
+    Raises ValueError on the first difference in form, and when weights are not finite.
+    """
+    current = named_arrays(state)
     if missing := sorted(current.keys() - saved.keys()):
         raise ValueError(f"{source}: lacks {len(missing)} arrays that the model has, such as {missing[0]}")
     if unknown := sorted(saved.keys() - current.keys()):
-        raise ValueError(f"{source}: has {len(unknown)} arrays that the model lacks, such as {unknown[0]}")
+        raise ValueError(f"{source}: has {len(unknown)} arrays that the model lacks, such as {unknown[0][:100]!r}")
     for name, array in current.items():
         form, saved_form = (f"{a.dtype}{list(a.shape)}" for a in (array, saved[name]))
         if form != saved_form:
-            raise ValueError(f"{source}: {name}: expected {form}, got {saved_form}")
+            raise ValueError(f"{source}: {name}: expected {form[:100]}, got {saved_form[:100]}")
+    arrays = [np.asarray(saved[name]) for name in current]
+    placed = jax.device_put(arrays, [array.sharding for array in current.values()])
     paths = [path for path, _ in nnx.to_flat_state(state)]
-    placed = jax.device_put([saved[name] for name in current], [array.sharding for array in current.values()])
     return nnx.from_flat_state(zip(paths, placed, strict=True))

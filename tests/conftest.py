@@ -11,11 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import command_line
+import metrics
+from checkpointing import find_checkpoints, verify
 from config import ModelConfig, TrainConfig
 from model import GPTModel
 
@@ -121,3 +124,39 @@ def run_program(*arguments, cwd=ROOT, **options):
     """Run one of the programs as a user would; returns the finished process with its text output."""
     command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+def without_times(run):
+    return [
+        {k: v for k, v in record.items() if not k.endswith("seconds")} for record in metrics.read(run / "metrics.jsonl")
+    ]
+
+
+def final_state(run):
+    """Everything that must not depend on interruptions."""
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    verify(newest)
+    return {
+        "parameters": load_file(newest.path / "model.safetensors"),
+        "optimizer": ocp.load(str(newest.path / "optimizer")),
+        "metrics": without_times(run),
+        "samples": (run / "samples.txt").read_text() if (run / "samples.txt").exists() else "",
+        "step": newest.global_step,
+    }
+
+
+def assert_same(left, right):
+    for part in ("parameters", "optimizer"):
+        assert left[part].keys() == right[part].keys()
+        for name, array in left[part].items():
+            assert np.array_equal(array, right[part][name]), name
+    assert left["metrics"] == right["metrics"]
+    assert left["samples"] == right["samples"]
+    assert left["step"] == right["step"]
+
+
+def complaint(finished, code=2):
+    assert finished.returncode == code, finished.stderr
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in finished.stderr
+    return errors[0]

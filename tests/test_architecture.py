@@ -11,7 +11,8 @@ FLOORS = [
     {"dataset_sources", "preflight", "steps"},
     {"checkpointing", "evaluation", "generation"},
     {"comparison", "saved_model", "training"},
-    {"compare_runs", "test_a_to_a", "test_generation", "train"},
+    {"saving"},
+    {"compare_runs", "prove_resume", "test_a_to_a", "test_generation", "train"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 

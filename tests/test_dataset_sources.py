@@ -13,7 +13,7 @@ from huggingface_hub import close_session, constants
 from safetensors.numpy import load_file, save
 
 import dataset_sources
-from dataset_sources import dataset_folder
+from dataset_sources import dataset_folder, dataset_revision
 
 COMMIT = "c0ffee" * 6 + "cafe"
 SEEDS = {"train": 0, "validation": 1}
@@ -215,6 +215,12 @@ def test_a_hub_dataset_is_downloaded_with_or_without_validation(serve, data_fold
         tokens = load_file(folder / f"{split}.safetensors")["tokens"]
         assert tokens.dtype == np.uint16
         assert (tokens == random_tokens(1000, SEEDS[split])).all()
+
+
+def test_the_revision_of_a_download_is_known_and_other_folders_have_none(serve, tmp_path):
+    serve(Hub)
+    assert dataset_revision(dataset_folder("owner/both")) == COMMIT
+    assert dataset_revision(tmp_path) is None
 
 
 def test_a_hub_dataset_is_downloaded_once(serve):

@@ -100,3 +100,9 @@ def test_other_validation_tokens_need_to_be_accepted(saved, new):
     with pytest.raises(ValueError, match=f"validation tokens .* → {new}; .*--accept-changes"):
         drift.check_data(saved, DATA | {"validation": new}, accept=False)
     drift.check_data(saved, DATA | {"validation": new}, accept=True)
+
+
+def test_other_tokens_are_told_with_both_revisions_of_a_hub_dataset(saved):
+    saved["data"]["revision"] = "aaa"
+    with pytest.raises(ValueError, match=r"revisions of the Hub dataset: aaa → bbb"):
+        drift.check_data(saved, DATA | {"train": "1 token", "revision": "bbb"}, accept=False)

@@ -81,12 +81,23 @@ def test_the_second_signal_leaves_also_when_nobody_reads_the_messages():
 
 def test_other_signals_are_no_request():
     process = start(f"""
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR2, lambda *_: None)
+    os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(0.2)
     print(bool(stop), flush=True)
     {POLITE}""")
     assert process.stdout.readline() == "False\n"
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[1:] == (f"\n{FIRST}\n", 130)
+
+
+def test_sigusr1_asks_for_one_checkpoint_and_for_no_stop():
+    process = start(f"""
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    print(bool(stop), stop.take_save_request(), stop.take_save_request(), flush=True)
+    {POLITE}""")
+    assert process.stdout.readline() == "False True False\n"
     process.send_signal(signal.SIGINT)
     assert finish(process)[1:] == (f"\n{FIRST}\n", 130)
 
@@ -96,7 +107,7 @@ def test_afterwards_signals_are_handled_as_before(error):
     def handlers():
         descriptor = signal.set_wakeup_fd(-1)
         signal.set_wakeup_fd(descriptor)
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], descriptor
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)], descriptor
 
     before = handlers()
     try:

@@ -129,3 +129,41 @@ def test_runs_are_found_at_and_below_a_folder_in_order_of_their_names(tmp_path):
 
 def test_no_folder_has_no_runs(tmp_path):
     assert find_runs(tmp_path / "none") == []
+
+
+DOUBLE_LAUNCH = """
+import os, re, sys
+from pathlib import Path
+from run_directory import RunDirectory
+
+def launch(run, start, end):
+    # Say "won" and hold the lock until `end` closes, or say what we were told.
+    said, say = os.pipe()
+    if not os.fork():
+        os.read(start, 1)
+        try:
+            with run.lock():
+                os.write(say, b"won %d" % os.getpid())
+                os.read(end, 1)
+        except ValueError as error:
+            os.write(say, str(error).encode())
+        os._exit(0)
+    return said
+
+for number in range(100):
+    run = RunDirectory(Path(sys.argv[1]))
+    (start, go), (end, stop) = os.pipe(), os.pipe()
+    answers = [launch(run, start, end) for _ in range(2)]
+    os.write(go, b"!!")
+    won, lost = sorted((os.read(said, 1000).decode() for said in answers), key=lambda text: not text.startswith("won"))
+    winner = re.fullmatch(r"won (\\d+)", won)[1]
+    assert f"is being trained by process {winner} on {os.uname().nodename}" in lost, (number, lost)
+    os.write(stop, b"!")
+    for _ in answers:
+        os.wait()
+"""
+
+
+def test_of_two_processes_one_trains_and_the_other_names_it_a_hundred_times_of_a_hundred(tmp_path):
+    done = subprocess.run([sys.executable, "-c", DOUBLE_LAUNCH, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

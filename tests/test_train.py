@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, assert_same, complaint, final_state, run_program
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import find_checkpoints, verify
@@ -37,40 +37,6 @@ def start_and_signal(run, *signals, after_step=20, metrics=None):
     for number in signals:
         process.send_signal(number)
     return process.wait(timeout=120), log.read_text()
-
-
-def without_times(run):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read(run / "metrics.jsonl")]
-
-
-def final_state(run):
-    """Return everything that must not depend on interruptions: parameters, optimiser state, metrics, samples."""
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    newest = find_checkpoints(run / "checkpoints")[-1]
-    verify(newest)
-    return {
-        "parameters": load_file(newest.path / "model.safetensors"),
-        "optimizer": ocp.load(str(newest.path / "optimizer")),
-        "metrics": without_times(run),
-        "step": newest.global_step,
-    }
-
-
-def assert_same(left, right):
-    for part in ("parameters", "optimizer"):
-        assert left[part].keys() == right[part].keys()
-        for name, array in left[part].items():
-            assert np.array_equal(array, right[part][name]), name
-    assert left["metrics"] == right["metrics"]
-    assert left["step"] == right["step"]
-
-
-def complaint(finished, code=2):
-    assert finished.returncode == code, finished.stderr
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in finished.stderr
-    return errors[0]
 
 
 def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
