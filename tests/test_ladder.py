@@ -109,11 +109,14 @@ def test_from_rung_to_rung_only_the_switches_of_its_name_change(ladder):
 
 
 @pytest.mark.parametrize("ladder", LADDERS)
-def test_all_rungs_but_the_first_train_alike(ladder):
+def test_all_rungs_but_the_first_train_alike_and_the_small_deep_ones_half_as_long(ladder):
     first, *others = (train_config(ladder, rung).model_dump() for rung in RUNGS)
     assert first["objective"] == "a-to-a"
-    assert all(other == others[0] for other in others)
-    assert others[0]["objective"] == "next-token"
+    shallow, deep = others[:7], others[7:]
+    assert all(other == shallow[0] for other in shallow) and all(other == deep[0] for other in deep)
+    share = 2 if ladder == "mini-ladder" else 1
+    assert deep[0] | {"min_train_tokens": share * deep[0]["min_train_tokens"]} == shallow[0]
+    assert shallow[0]["objective"] == "next-token"
 
 
 @pytest.mark.parametrize("rung", RUNGS)
