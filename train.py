@@ -190,7 +190,8 @@ def go_on_from(checkpoint: checkpointing.Checkpoint, training: Training, args: a
         meta = checkpoint.meta | training.snapshot
         checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
     cut_after(training, checkpoint.global_step)
-    training.lacks_milestone = not checkpoint.meta.get("is_milestone", True) and at_milestone(training)
+    was_broken_off = not checkpoint.meta.get("is_milestone", True)
+    training.lacks_milestone = was_broken_off and at_milestone(training) and bool(training.records)
     say(f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}")
 
 
