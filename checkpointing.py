@@ -24,9 +24,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from config import read_json
-from weights import host_arrays, load_weights, match
+from weights import check_forms, host_arrays, load_weights, match
 
-NAME = re.compile(r"(\d{8}T\d{6}Z)-iteration-(\d+)")
+NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 STAGING, DAMAGED = ".staging-", "damaged-"
 SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
@@ -67,10 +67,15 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     if not folder.is_dir():
         return []
     return sorted(
-        Checkpoint(path)
-        for path in folder.iterdir()
-        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        Checkpoint(path) for path in folder.iterdir() if _is_name(path.name) and path.is_dir() and not path.is_symlink()
     )
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool((match := NAME.fullmatch(name)) and time.strptime(match[1], TIME_FORMAT))
+    except ValueError:  # no such date
+        return False
 
 
 def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str]]:
@@ -207,6 +212,8 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
     """
     path = checkpoint.path
     new_weights = match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
+    stored: Any = ocp.metadata(str((path / OPTIMIZER_FOLDER).absolute())).metadata
+    check_forms(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
     new_state = match(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)
     nnx.update(model, new_weights)
     nnx.update(optimizer, new_state)

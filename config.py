@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # What is longer is some other file, and is not read.
 LARGEST_JSON_BYTES = 1_000_000  # configs, and what checkpoints say of themselves, are a few pages
 MOST_LEVELS = 10  # of JSON in JSON
-LARGEST_HEADER_BYTES = 4_000_000  # of a safetensors file: enough for thousands of layers
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
 JSON_NAMES = {
@@ -54,7 +53,7 @@ class ModelConfig(Config):
     context_length: int = key("fatal", ge=1)
     emb_dim: int = key("fatal", ge=1)
     n_heads: int = key("fatal", ge=1)
-    n_layers: int = key("fatal", ge=0)
+    n_layers: int = key("fatal", ge=0, le=1_000)  # they are compiled one by one
     qkv_bias: bool = key("fatal")
     position_embedding: bool = key("fatal", True)
     pre_norm: bool = key("fatal", True)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from config import LARGEST_HEADER_BYTES, MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_step
+from config import MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_step
+from tensor_files import open_tensors
 
 INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
@@ -55,14 +55,8 @@ def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
 def _open_tokens(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
-    try:
-        with path.open("rb") as header:
-            if int.from_bytes(header.read(8), "little") > LARGEST_HEADER_BYTES:
-                raise OSError("its header is too large")
-        file = safe_open(path, "numpy")
-        names = list(file.keys())
-    except (SafetensorError, OSError) as error:  # which may quote the file, line breaks and all
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]!r}); make it again") from None
+    file = open_tensors(path)
+    names = list(file.keys())
     if "tokens" not in names:
         found = repr(", ".join(names[:5]))[1:-1][:200] or "none"  # a name may hold anything
         raise ValueError(f"{path}: expected a tensor named 'tokens', got {found}; rename it")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 from config import Config, ModelConfig, OnResume, TrainConfig
@@ -23,6 +24,14 @@ def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]
 def versions() -> dict[str, str]:
     """Return the versions that a bit-for-bit repetition depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def check_form(meta: dict[str, Any], source: Path) -> None:
+    """Raise ValueError when a checkpoint's meta lacks what going on from it takes; `source` names its file."""
+    expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
+    unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
+    if unusable:
+        raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; go on from another checkpoint with --from")
 
 
 def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> list[str]:
@@ -48,7 +57,7 @@ def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig,
 def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
     """Raise ValueError when the training tokens differ from a snapshot's, or the validation tokens unless `accept`."""
     for split, remedy in (("train", "start a new run"), ("validation", "go on with --accept-changes")):
-        old, new = saved["data"][split], data[split]
+        old, new = saved["data"].get(split), data[split]
         if old != new and not (split == "validation" and accept):
             revisions = f"{saved['data'].get('revision')} → {data.get('revision')}"
             origin = f" (revisions of the Hub dataset: {revisions})" if "None" not in revisions else ""

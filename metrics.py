@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+LONGEST_LINE = 100_000  # bytes; a record has some hundred
 
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
@@ -29,20 +30,35 @@ def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> N
 def read(path: Path) -> list[Record]:
     """Read all records, oldest first; no file is no records, and a torn last line is left out.
 
-    Raises ValueError with the line number when any other line is not a JSON object with a `global_step`.
+    Raises ValueError with the line number when any other line is not a record: a flat JSON object of finite numbers,
+    truth values and nulls with a `global_step`.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{path}: expected a file of metrics, got a folder or a device; move it away")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
-        try:
-            record = json.loads(line)
-            record["global_step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}: line {number} is not a metrics record; restore it or delete the file") from None
-        records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break  # torn
+            try:
+                records.append(_parse(line))
+            except (ValueError, OverflowError, RecursionError):
+                raise ValueError(
+                    f"{path}: line {number} is not a metrics record; restore it or delete the file"
+                ) from None
     return records
+
+
+def _parse(line: bytes) -> Record:
+    record = json.loads(line.decode())
+    if type(record) is not dict or type(record.get("global_step")) is not int:
+        raise ValueError
+    numbers = [value for value in record.values() if value is not None]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError
+    return record
 
 
 def cut_after(path: Path, global_step: int) -> list[Record]:

@@ -190,5 +190,10 @@ def create_model(config: ModelConfig, seed: int, drop_rate: float = 0.0, precisi
 
 def count_parameters(config: ModelConfig) -> int:
     """Count the parameters of a model without building it."""
+    shell, with_a_layer = (_size(config.model_copy(update={"n_layers": layers})) for layers in (0, 1))
+    return shell + config.n_layers * (with_a_layer - shell)  # every layer is like the first
+
+
+def _size(config: ModelConfig) -> int:
     model = nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -193,7 +193,7 @@ def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:
     best = [c.meta for c in checkpointing.find_checkpoints(training.run.checkpoints) if c.is_best][-1:]
     to_beat = best[0].get(measure) if best else None
     score = meta[measure]
-    meta["is_best"] = is_milestone and score is not None and (to_beat is None or score < to_beat)
+    meta["is_best"] = is_milestone and score is not None and not (isinstance(to_beat, float) and to_beat <= score)
     return meta
 
 

@@ -123,6 +123,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
     say(*complaints)
     if checkpoint:
+        drift.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
         say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
         if checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True):
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")

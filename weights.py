@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
-from config import LARGEST_HEADER_BYTES, LARGEST_JSON_BYTES
+from config import LARGEST_JSON_BYTES
+from tensor_files import open_tensors
 
 FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -64,13 +64,7 @@ def load_weights(path: Path) -> dict[str, StoredArray]:
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: expected a model.safetensors, found nothing; checkpoints/latest/ of a run has one")
-    try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER_BYTES:
-                raise OSError("its header is too large")
-        return safe_open(path, "numpy")
-    except (SafetensorError, OSError) as error:  # which may quote the file, line breaks and all
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]!r})") from None
+    return open_tensors(path)
 
 
 def named_arrays(state: nnx.State) -> dict[str, Any]:
@@ -89,6 +83,16 @@ def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State
 
     Raises ValueError on the first difference in form, and when weights are not finite.
     """
+    check_forms(state, saved, source)
+    current = named_arrays(state)
+    arrays = [np.asarray(saved[name]) for name in current]
+    placed = jax.device_put(arrays, [array.sharding for array in current.values()])
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(zip(paths, placed, strict=True))
+
+
+def check_forms(state: nnx.State, saved: Mapping[str, Any], source: Path) -> None:
+    """Raise ValueError on the first difference in name, dtype or shape."""
     current = named_arrays(state)
     if missing := sorted(current.keys() - saved.keys()):
         raise ValueError(f"{source}: lacks {len(missing)} arrays that the model has, such as {missing[0]}")
@@ -98,7 +102,3 @@ def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State
         form, saved_form = (f"{a.dtype}{list(a.shape)}" for a in (array, saved[name]))
         if form != saved_form:
             raise ValueError(f"{source}: {name}: expected {form[:100]}, got {saved_form[:100]}")
-    arrays = [np.asarray(saved[name]) for name in current]
-    placed = jax.device_put(arrays, [array.sharding for array in current.values()])
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(zip(paths, placed, strict=True))

@@ -29,10 +29,11 @@ import checkpointing
 import metrics
 import saved_model
 from checkpointing import Checkpoint, choose, copy_to_host, verify
-from config import LARGEST_HEADER_BYTES, LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
+from config import LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
 from data import load_tokens
 from model import GPTModel, create_model
 from saved_model import load_saved_model
+from tensor_files import LARGEST_HEADER_BYTES
 from weights import load_model, named_arrays
 
 NAME = "20261121T093000Z-iteration-7"
