@@ -53,7 +53,8 @@ def read(path: Path) -> list[Record]:
 
 def _parse(line: bytes) -> Record:
     record = json.loads(line.decode())
-    if type(record) is not dict or type(record.get("global_step")) is not int:
+    is_too_long = not line.endswith(b"\n")
+    if is_too_long or type(record) is not dict or type(record.get("global_step")) is not int:
         raise ValueError
     numbers = [value for value in record.values() if value is not None]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):

@@ -219,6 +219,7 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         (ModelConfig, "emb_dim", 0),
         (ModelConfig, "n_heads", 0),
         (ModelConfig, "n_layers", -1),
+        (ModelConfig, "n_layers", 1001),
         (TrainConfig, "dataset", ""),
         (TrainConfig, "microbatch_size", 0),
         (TrainConfig, "gradient_accumulation_steps", 0),

@@ -1,6 +1,7 @@
 """What may differ between a checkpoint and the run that goes on from it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import tiny_model_config, tiny_train_config
@@ -23,6 +24,22 @@ def check(saved, model=None, train=None, *, accept=False):
 def test_nothing_changed_is_nothing_to_say(saved):
     assert check(saved) == []
     drift.check_data(saved, DATA, accept=False)
+
+
+@pytest.mark.parametrize("bad", [None, 7, "text", [1]])
+@pytest.mark.parametrize("name", ["model_config", "train_config", "data", "versions", "seconds_trained"])
+def test_a_meta_without_what_going_on_takes_is_refused_by_the_name_of_it(saved, name, bad):
+    meta = saved | {"seconds_trained": 1.5}
+    drift.check_form(meta, Path("meta.json"))
+    with pytest.raises(ValueError, match=f"^meta.json: lacks a usable '{name}'"):
+        drift.check_form(meta | {name: bad}, Path("meta.json"))
+    with pytest.raises(ValueError, match=name):
+        drift.check_form({key: value for key, value in meta.items() if key != name}, Path("meta.json"))
+
+
+def test_data_that_the_checkpoint_says_nothing_of_are_other_data(saved):
+    with pytest.raises(ValueError, match="the train tokens are not the checkpoint's: None → 2000"):
+        drift.check_data(saved | {"data": {}}, DATA, accept=True)
 
 
 @pytest.mark.parametrize("accept", [False, True])

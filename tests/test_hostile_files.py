@@ -274,9 +274,10 @@ MODEL_JSONS = {
     "a width of 4,000 digits that no heads divide": (shape(emb_dim=10**3999 + 1), "emb_dim=1000"),
     "a width of 5,000 digits": (shape().replace('"emb_dim": 4', '"emb_dim": ' + "4" * 5000), "Exceeds the limit"),
     "a gigantic width": (shape(emb_dim=10**9), f"{FIRST}: expected float32[1000000000], got float32[4]"),
-    "a million layers": (shape(n_layers=10**6), "more layers than the file has arrays, 16"),
-    "layers of 4,000 digits": (shape(n_layers=10**3999), "more layers than the file has arrays, 16"),
-    "a gigantic width and a million layers": (shape(emb_dim=10**9, n_layers=10**6), "more layers than"),
+    "a million layers": (shape(n_layers=10**6), "n_layers: expected less than or equal to 1000, got 1000000"),
+    "a thousand layers": (shape(n_layers=10**3), "more layers than the file has arrays, 16"),
+    "layers of 4,000 digits": (shape(n_layers=10**3999), "n_layers: expected less than or equal to 1000"),
+    "a gigantic width and a thousand layers": (shape(emb_dim=10**9, n_layers=10**3), "more layers than"),
     "a gigantic context": (shape(context_length=10**12), "position_embedding.embedding: expected"),
     "a layer too many": (shape(n_layers=2), "lacks 11 arrays that the model has, such as blocks.1."),
     "a layer too few": (shape(n_layers=0), f"has 11 arrays that the model lacks, such as '{FIRST}'"),
@@ -388,7 +389,8 @@ def test_a_train_json_whose_numbers_have_no_end_is_refused_at_once(tmp_path):
     path = tmp_path / "train.json"
     sizes = {"gradient_accumulation_steps": 10**15, "microbatches_per_call": 7}
     path.write_text(json.dumps(GOOD_JSON["train.json"] | sizes))
-    assert "use one of 1, 2, 4, 5, 8, " in line_of(path, load_config, path, TrainConfig)
+    line = line_of(path, load_config, path, TrainConfig)
+    assert "use one of 1, 2, 4, 5, 8, " in line and line.endswith(" 1000")
 
 
 # Folders of checkpoints
@@ -492,6 +494,22 @@ def test_a_checkpoint_goes_by_its_own_name_alone(which, checkpoint):
     folder = checkpoint.path.parent
     assert choose(folder, NAME) == (checkpoint, [])
     assert "no checkpoint" in line_of(folder, choose, folder, which)
+
+
+@pytest.mark.parametrize("name", ["20261399T093000Z-iteration-9", "２０２６１２２１T093000Z-iteration-9"])
+def test_a_name_that_is_no_time_is_no_checkpoints(name, checkpoint, trained, tmp_path):
+    (tmp_path / name).mkdir()
+    assert choose(tmp_path, None) == (checkpoint, [])
+    saved = checkpointing.save(tmp_path, copy_to_host(*trained), META | {"global_step": 8}, "{}")
+    assert choose(tmp_path, None) == (saved, [])
+    assert (tmp_path / name).is_dir()
+
+
+def test_optimizer_state_of_another_form_is_refused_before_it_is_loaded(checkpoint, trained, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_load_optimizer", lambda _: pytest.fail("loaded"))
+    model = create_model(ModelConfig(**SHAPE), seed=3)
+    other = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    line_of(checkpoint.path / "optimizer", checkpointing.load, checkpoint, model, other)
 
 
 # Token files
@@ -646,7 +664,7 @@ HUGE = {
     "a model.json of a wide model": ("saved model", with_metadata(emb_dim=10**9), "lacks 16 arrays"),
     "a model.json of a deep model": (
         "saved model",
-        with_metadata(n_layers=10**6),
+        with_metadata(n_layers=10**3),
         "more layers than the file has arrays, 1",
     ),
     "a terabyte of zeros": ("saved model", holes(TERABYTE), UNREADABLE),

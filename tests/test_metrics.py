@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tracemalloc
 
 import pytest
 
@@ -55,15 +57,37 @@ def test_a_torn_last_line_is_ignored(path, torn):
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "{", "7", "null", "[]", '"global_step"', "{}", '{"global_step": "2"}', '{"global_step": null}', "[" * 9999],
+    ["", "{", "7", "null", "[]", '"global_step"', "{}", '{"global_step": "2"}', '{"global_step": null}', "[" * 9999]
+    + [f'{{"global_step": {step}}}' for step in ("2.0", "true", "NaN", "9" * 5000)]
+    + [f'{{"global_step": 2, "loss": {loss}}}' for loss in ("NaN", "1e999", '"low"', "[1]", "{}", "9" * 400)]
+    + ['{"global_step": 2, "\udcff": 1}', '{"global_step": 2}' + " " * metrics.LONGEST_LINE],
 )
 def test_any_other_bad_line_is_an_error_that_names_it(path, bad):
     lines = [*map(json.dumps, records(0, 1)), bad, json.dumps(records(3)[0])]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError) as caught:
         metrics.read(path)
     assert str(caught.value).startswith(f"{path}: line 3 ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_line_breaks_is_refused_without_reading_it_whole(path):
+    path.write_bytes(b"{")
+    os.truncate(path, 100_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="line 1 "):
+            metrics.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * metrics.LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_without_waiting_for_it(path, make):
+    make(path)
+    with pytest.raises(ValueError, match="got a folder or a device"):
+        metrics.read(path)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3])])
