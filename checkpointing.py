@@ -6,6 +6,7 @@ checkpoint's name is complete unless the disk has damaged it, and the manifest s
 """
 
 import calendar
+import contextlib
 import hashlib
 import json
 import os
@@ -64,6 +65,8 @@ class Checkpoint:
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """List the committed checkpoints in a run's `checkpoints/`, oldest first."""
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder}: a link that leads nowhere; is its disk mounted?")
     if not folder.is_dir():
         return []
     return sorted(
@@ -110,13 +113,10 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
 
 def _set_aside(checkpoint: Checkpoint, error: ValueError) -> str:
     aside = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-again")
     checkpoint.path.rename(aside)
-    left = find_checkpoints(aside.parent)
-    _link(aside.parent, "latest", left[-1].path.name)
-    if best := [c for c in left if c.is_best][-1:]:
-        _link(aside.parent, "best", best[0].path.name)
-    else:
-        (aside.parent / "best").unlink(missing_ok=True)
+    settle(aside.parent)
     return f"passing over a damaged checkpoint: {error}; kept as {aside.name}"
 
 
@@ -140,7 +140,9 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        folder.mkdir()
+        _sync(folder.parent)
     remove_staging(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
     staging = folder / f"{STAGING}{name}"
@@ -154,12 +156,10 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
             number = int(match_number[1])  # what the libraries' native code says of the disk
             raise OSError(number, os.strerror(number), str(staging)) from error
         raise
-    _sync(folder)
-    checkpoint = Checkpoint(folder / name)
-    _link(folder, "latest", name)
-    if checkpoint.is_best:
-        _link(folder, "best", name)
-    return checkpoint
+    with contextlib.suppress(OSError):  # it is committed; who settles the folder hears of a failure
+        _sync(folder)
+        _point_links(folder)
+    return Checkpoint(folder / name)
 
 
 def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
@@ -205,6 +205,13 @@ def verify(checkpoint: Checkpoint) -> None:
     _ = checkpoint.meta  # raises when the whole folder is a copy of another checkpoint's
 
 
+def verify_alone(path: Path) -> None:
+    """Compare one file with the manifest beside it, where there is one. Raises ValueError when they differ."""
+    manifest = path.with_name(MANIFEST_FILE)
+    if manifest.exists() and read_json(manifest).get(path.name) != _describe(path):
+        raise ValueError(f"{path}: content differs from the manifest; use an earlier checkpoint")
+
+
 def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
     """Put a verified checkpoint's arrays into a model and its optimiser.
 
@@ -244,10 +251,29 @@ def prune(folder: Path, keep: int | None) -> None:
             shutil.rmtree(doomed)
 
 
+def settle(folder: Path, keep: int | None = None) -> None:
+    """Do what a kill after a commit has left undone: both links, and pruning as `prune` does it.
+
+    Also removes what is half-written, so only for the holder of the run's lock.
+    """
+    remove_staging(folder)
+    _point_links(folder)
+    prune(folder, keep)
+
+
 def remove_staging(folder: Path) -> None:
-    """Remove what a killed process left half-written; only for the holder of the run's lock."""
+    """Remove what a killed process left half-written, as far as others let it go; only for the lock's holder."""
     for leftover in folder.glob(f"{STAGING}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _point_links(folder: Path) -> None:
+    checkpoints = find_checkpoints(folder)
+    for link, target in (("latest", checkpoints[-1:]), ("best", [c for c in checkpoints if c.is_best][-1:])):
+        if target and (not (folder / link).is_symlink() or (folder / link).readlink() != Path(target[0].path.name)):
+            _link(folder, link, target[0].path.name)
+        elif not target:
+            (folder / link).unlink(missing_ok=True)
 
 
 def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:

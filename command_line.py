@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -27,7 +28,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _LastingStream:
-    """Output that does not fail when its reader leaves, as `tee` does with the Ctrl-C that stops the training."""
+    """Output that does not end the program: on a full disk it is lost, and also when its reader has left.
+
+    As `tee` does with the Ctrl-C that stops the training.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -35,18 +39,19 @@ class _LastingStream:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            return self._give_up(len(text))
+        except OSError as error:
+            self._pass_over(error)
+            return len(text)
 
-    def flush(self) -> None:
+    def flush(self, *, finally_: bool = False) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._give_up(0)
+        except OSError as error:
+            self._pass_over(error, for_good=finally_)
 
-    def _give_up(self, written: int) -> int:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # nobody reads what is still to come
-        return written
+    def _pass_over(self, error: OSError, *, for_good: bool = False) -> None:
+        if for_good or error.errno in (errno.EPIPE, errno.EIO):  # nobody reads what is still to come
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -76,8 +81,8 @@ def run(
             code = INTERRUPTED
         except Exception as error:
             code = complain(error, debug=args.debug)
-        output.flush()
-        errors.flush()
+        output.flush(finally_=True)
+        errors.flush(finally_=True)
     raise SystemExit(code)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import Config, ModelConfig, OnResume, TrainConfig
 
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
 
 def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
 def check_form(meta: dict[str, Any], source: Path) -> None:
     """Raise ValueError when a checkpoint's meta lacks what going on from it takes; `source` names its file."""
     expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
+    expected |= {"seconds_paused": float} if "seconds_paused" in meta else {}
     unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
     if unusable:
         raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; go on from another checkpoint with --from")

@@ -29,8 +29,8 @@ class StopRequest:
 
     def take_save_request(self) -> bool:
         """Say whether a checkpoint was asked for since the last call."""
-        wanted = self._wants_save.is_set()
-        self._wants_save.clear()
+        if wanted := self._wants_save.is_set():
+            self._wants_save.clear()
         return wanted
 
     def __bool__(self) -> bool:
@@ -66,8 +66,8 @@ def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
             request.signal_number = received[0]
             announce(first_message)
 
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first: none is missed
     previous = {number: signal.signal(number, lambda *_: None) for number in (*EXIT_CODES, signal.SIGUSR1)}
-    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:

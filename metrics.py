@@ -27,8 +27,8 @@ def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> N
             raise
 
 
-def read(path: Path) -> list[Record]:
-    """Read all records, oldest first; no file is no records, and a torn last line is left out.
+def read(path: Path, until: int | None = None) -> list[Record]:
+    """Read all records, oldest first (or those up to step `until`); a torn last line, or no file, is no record.
 
     Raises ValueError with the line number when any other line is not a record: a flat JSON object of finite numbers,
     truth values and nulls with a `global_step`.
@@ -48,7 +48,9 @@ def read(path: Path) -> list[Record]:
                 raise ValueError(
                     f"{path}: line {number} is not a metrics record; restore it or delete the file"
                 ) from None
-    return records
+            if until is not None and records[-1]["global_step"] >= until:
+                break
+    return [record for record in records if until is None or record["global_step"] <= until]
 
 
 def _parse(line: bytes) -> Record:
@@ -64,7 +66,7 @@ def _parse(line: bytes) -> Record:
 
 def cut_after(path: Path, global_step: int) -> list[Record]:
     """Drop the lines after `global_step` (and a torn last one) from the file; return the lines that stay."""
-    kept = [record for record in read(path) if record["global_step"] <= global_step]
+    kept = read(path, until=global_step)  # what follows may be anything: it goes
     if path.exists():
         rewrite(path, kept)
     return kept

@@ -8,6 +8,7 @@ ends before all kills are done, one more is trained and killed.
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ TRAIN = Path(__file__).with_name("train.py")
 PHASES = ("starting", "stepping", "saving")
 CHECKPOINTS = 10  # in a twin's run
 POLL = 0.001  # seconds
+STARTED = b"--- started\n"  # in the log, before each process
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ def main(args: argparse.Namespace) -> int:
         kills, rows = [], []
         with tqdm(total=args.kills, unit="kill", dynamic_ncols=True) as bar:
             while len(kills) < args.kills and not any(difference for *_, difference in rows):
-                killed = write_twin(run, Path(scratch) / f"killed-{len(kills)}", args.steps)
+                killed = write_twin(run, Path(tempfile.mkdtemp(dir=scratch)) / "killed", args.steps)
                 kills += train_and_kill(killed, args.kills - len(kills), args.steps, seconds, rng, bar)
+                if not kills:
+                    raise RuntimeError(f"{args.steps} steps end before they can be killed; use more with --steps")
                 rows = compare(alone, killed)
     print(*kill_table(kills), "", *comparison_table(rows), "", sep="\n")
     different = [name for name, _, difference in rows if difference]
-    print(f"{'different' if different else 'identical'} after {len(kills)} kills")
+    print(f"{'different' if different else 'identical'} after {len(kills)} kill{'s' * (len(kills) > 1)}")
     return command_line.FAILED if different else command_line.DONE
 
 
@@ -79,12 +83,20 @@ def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
 def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
     """Run `train.py` on a run folder, out of reach of our own Ctrl-C; it never outlives the block."""
     with run.path.with_suffix(".log").open("ab") as log:
+        log.write(STARTED)
+        log.flush()
         process = subprocess.Popen([sys.executable, TRAIN, run.path], stdout=log, stderr=log, start_new_session=True)
     try:
         yield process
     finally:
         process.kill()
         process.wait()
+
+
+def has_begun(run: RunDirectory) -> bool:
+    """Whether the newest process has loaded its checkpoint and is about to step."""
+    newest = run.path.with_suffix(".log").read_bytes().rpartition(STARTED)[2]
+    return b"compiling the training step" in newest
 
 
 def train_to_the_end(run: RunDirectory) -> None:
@@ -124,13 +136,14 @@ def train_and_kill(
 ) -> list[Kill]:
     """Start a run, kill it in a random phase and start it again, `kills` times over its length, and let it end.
 
-    A run that is faster than we are ends after fewer. RuntimeError when it does before the first.
+    A run that is faster than we are ends after fewer, or none.
     """
     done = []
     for target in sorted(rng.randrange(steps) for _ in range(kills)):
         phase = rng.choice(PHASES)
         with training(run) as process:
             if phase != "starting":
+                wait_for(process, lambda: has_begun(run))  # what is left of the one before is gone then
                 wait_for(process, lambda step=target: steps_done(run) >= step)
             if phase == "saving":
                 wait_for(process, lambda: is_saving(run))
@@ -142,10 +155,8 @@ def train_and_kill(
         found = checkpointing.find_checkpoints(run.checkpoints)
         reached = steps_done(run)
         lost = max(0, reached - (found[-1].global_step if found else 0))
-        done.append(Kill(phase, reached, lost, is_saving(run)))
+        done.append(Kill(phase, reached, lost, phase != "starting" and is_saving(run)))
         bar.update()
-    if not done:
-        raise RuntimeError(f"{steps} steps end before they can be killed; use more with --steps")
     train_to_the_end(run)
     return done
 
@@ -242,4 +253,5 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the twin being trained ends as well
     command_line.run(main, make_parser())

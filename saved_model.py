@@ -4,6 +4,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from checkpointing import verify_alone
 from config import MEMORY_BYTES, ModelConfig, parse_config
 from model import GPTModel
 from weights import load_model, load_weights, read_model_json
@@ -12,7 +13,7 @@ from weights import load_model, load_weights, read_model_json
 def load_saved_model(path: Path) -> GPTModel:
     """Build the model that a weights file describes and load its weights, for inference in float32.
 
-    Raises ValueError when the file is not one that training has saved, or too large for this machine.
+    Raises ValueError when the file is not one that training has saved, damaged, or too large for this machine.
     """
     config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
     num_arrays = len(load_weights(path))
@@ -22,6 +23,7 @@ def load_saved_model(path: Path) -> GPTModel:
         raise ValueError(f"{path}: expected at most {MEMORY_BYTES:,} bytes, this machine's memory, got more")
     model = _without_arrays(config)
     load_model(path, model)
+    verify_alone(path)
     return model
 
 

@@ -130,10 +130,9 @@ class Saver:
             checkpoint = checkpointing.save(run.checkpoints, state, meta, model_json)
             lines = [_describe(meta, checkpoint, time.monotonic() - started)]
             try:
-                if prune:
-                    checkpointing.prune(run.checkpoints, training.config.keep_checkpoints)
+                checkpointing.settle(run.checkpoints, training.config.keep_checkpoints if prune else None)
                 draw_charts(training, records)
-            except OSError as error:
+            except Exception as error:  # none of this is worth the training
                 lines.append(f"WARNING the checkpoint is good, but then: {error}")
             return lines
 
@@ -191,7 +190,8 @@ def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:
     }
     measure = "val_loss" if training.val_stream else "avg_train_loss"
     best = [c.meta for c in checkpointing.find_checkpoints(training.run.checkpoints) if c.is_best][-1:]
-    to_beat = best[0].get(measure) if best else None
+    on_same_data = [other for other in best if other.get("data") == training.snapshot["data"]]
+    to_beat = on_same_data[0].get(measure) if on_same_data else None
     score = meta[measure]
     meta["is_best"] = is_milestone and score is not None and not (isinstance(to_beat, float) and to_beat <= score)
     return meta

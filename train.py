@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import checkpointing
 import command_line
 import drift
 import preflight
+import samples
 from command_line import say
 from comparison import CHART, compare
 from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
@@ -33,6 +35,7 @@ from training import (
     mean_of_calls,
     note_metrics,
     place_batch,
+    set_history_aside,
     tokens_per_second,
 )
 
@@ -40,6 +43,7 @@ RUNS = Path("runs")
 
 
 def main(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where there is nothing to save yet, it must not kill
     if args.run is None:
         return list_runs()
     run = RunDirectory(args.run)
@@ -125,7 +129,9 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
     if checkpoint:
         drift.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
         say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
-        if checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True):
+        is_finished = checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True)
+        checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
+        if is_finished:
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
     say(describe_devices())
@@ -133,6 +139,7 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
     if checkpoint:
         go_on_from(checkpoint, training, args)
     else:
+        say(*set_history_aside(training))
         cut_after(training, 0)
     resume_line = f"uv run train.py {args.run}"
     with listening(
@@ -192,7 +199,13 @@ def go_on_from(checkpoint: checkpointing.Checkpoint, training: Training, args: a
         checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
     cut_after(training, checkpoint.global_step)
     was_broken_off = not checkpoint.meta.get("is_milestone", True)
-    training.lacks_milestone = was_broken_off and at_milestone(training) and bool(training.records)
+    steps = [record["global_step"] for record in training.records]
+    if steps != list(range(1, checkpoint.global_step + 1)):
+        say(f"WARNING {training.run.metrics} lacks steps before {checkpoint.global_step:,}; charts will show a gap")
+    has_record = checkpoint.global_step in steps[-1:]
+    training.lacks_milestone = was_broken_off and at_milestone(training) and has_record
+    if training.lacks_milestone:  # its sample comes once more
+        samples.cut_after(training.run.samples, checkpoint.global_step - 1)
     say(f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}")
 
 

@@ -81,6 +81,18 @@ def cut_after(training: Training, global_step: int) -> None:
     samples.cut_after(training.run.samples, global_step)
 
 
+def set_history_aside(training: Training) -> list[str]:
+    """Keep the metrics and samples of a run whose checkpoints are gone; return what there is to say."""
+    run, records = training.run, metrics.read(training.run.metrics)
+    if not records or records[-1]["global_step"] <= 2 * training.config.checkpoint_interval:
+        return []  # it was killed before its first checkpoint
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for path in (run.metrics, run.samples):
+        if path.exists():
+            path.rename(path.with_name(f"{path.stem}-before-{moment}{path.suffix}"))
+    return [f"WARNING no checkpoint, but metrics up to step {records[-1]['global_step']:,}: kept as *-before-{moment}*"]
+
+
 def period_start(training: Training) -> int:
     """Return the milestone before the present step: a step at which a checkpoint validates and samples."""
     interval = training.config.checkpoint_interval

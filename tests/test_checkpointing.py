@@ -106,6 +106,58 @@ def three(template, tmp_path):
     return tmp_path / "checkpoints", find_checkpoints(tmp_path / "checkpoints")
 
 
+# What a kill after a commit leaves undone
+
+
+def links(folder):
+    return {link: str((folder / link).readlink()) for link in ("latest", "best") if (folder / link).is_symlink()}
+
+
+def test_settling_points_the_links_prunes_and_removes_what_is_half_written(three):
+    folder, (first, middle, newest) = three
+    good = links(folder)
+    for old in ({"latest": first.path.name, "best": middle.path.name}, {}):
+        for link in ("latest", "best"):
+            (folder / link).unlink(missing_ok=True)
+            if old:
+                (folder / link).symlink_to(old[link])
+        (folder / ".staging-20260101T000000Z-iteration-5").mkdir()
+        checkpointing.settle(folder)
+        assert links(folder) == good == {"latest": newest.path.name, "best": first.path.name}
+        assert names_in(folder) == {"latest", "best"} | {c.path.name for c in (first, middle, newest)}
+    checkpointing.settle(folder, keep=1)
+    assert find_checkpoints(folder) == [first, newest]
+
+
+def test_links_that_cannot_be_made_do_not_make_a_committed_checkpoint_a_failure(three, monkeypatch):
+    folder, checkpoints = three
+
+    def no_inodes(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointing, "_link", no_inodes)
+    saved = save(folder, copy_to_host(*small(40)), meta(40), MODEL_JSON)
+    assert find_checkpoints(folder) == [*checkpoints, saved]
+    with pytest.raises(OSError, match="No space"):
+        checkpointing.settle(folder)
+
+
+def test_a_name_that_is_damaged_twice_is_kept_twice(three):
+    folder, (_, good, newest) = three
+    for _ in range(2):
+        (newest.path / "meta.json").write_text("{")
+        assert choose(folder, None)[0] == good
+        shutil.copytree(good.path, newest.path)
+    aside = f"damaged-{newest.path.name}"
+    assert {aside, f"{aside}-again"} <= names_in(folder)
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_no_empty_folder(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads nowhere"):
+        choose(tmp_path / "checkpoints", None)
+
+
 # What is saved
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -97,6 +98,22 @@ def test_arguments_reach_main(outcome):
 def test_every_line_that_is_said_carries_a_date(capsys):
     command_line.say("step 3")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 3\n", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_the_program_goes_on_where_its_output_finds_a_full_disk():
+    program = """
+import sys
+import command_line
+def main(args):
+    for number in range(50_000):
+        print("line")
+        print("line", file=sys.stderr)
+    return 7
+command_line.run(main, command_line.ArgumentParser("A program."))
+"""
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full).returncode == 7
 
 
 def test_the_program_goes_on_when_its_reader_leaves():

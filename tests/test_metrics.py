@@ -106,6 +106,15 @@ def test_the_cut_drops_a_torn_line_so_that_the_next_one_is_whole(path):
     assert metrics.read(path) == records(0, 1, 2)
 
 
+@pytest.mark.parametrize("bad", ["{", "", '{"global_step": 3, "loss": NaN}'])
+def test_what_stands_after_the_cut_may_be_anything(path, bad):
+    metrics.append(path, records(1, 2))
+    with path.open("a") as file:
+        file.write(f"{bad}\n")
+    assert metrics.cut_after(path, 2) == records(1, 2)
+    assert metrics.read(path) == records(1, 2)
+
+
 def test_the_cut_leaves_no_other_file_behind(path):
     assert metrics.cut_after(path, 5) == []
     assert not path.exists()

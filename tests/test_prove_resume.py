@@ -108,8 +108,17 @@ def test_a_difference_is_the_verdict_and_exit_code_1(prove, make_run, monkeypatc
     monkeypatch.setattr(prove_resume, "compare", lambda *_: [row])
     finished = prove(run)
     assert finished.returncode == 1
-    assert finished.stdout.splitlines()[-1] == "different after 1 kills"
+    assert finished.stdout.splitlines()[-1] == "different after 1 kill"
     assert "| parameters | 3 arrays | 1 differ, such as a |" in finished.stdout
+
+
+def test_a_process_has_begun_when_it_says_so_itself_not_the_one_before(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    log = run.path.with_suffix(".log")
+    log.write_bytes(prove_resume.STARTED + b"compiling the training step\n" + prove_resume.STARTED + b"running\n")
+    assert not prove_resume.has_begun(run)
+    log.write_bytes(log.read_bytes() + b"12:00  compiling the training step\n")
+    assert prove_resume.has_begun(run)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,18 @@ def test_a_copied_file_is_the_same_model_elsewhere(saved, tmp_path):
     assert loaded(tokens).shape == (1, 16, VOCAB_SIZE)
 
 
+def test_a_flipped_bit_is_noticed_where_the_manifest_is_at_hand(saved, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved[1].parent, folder)
+    weights = folder / "model.safetensors"
+    load_saved_model(weights)
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1  # the last bit of a number, which stays finite
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="content differs from the manifest"):
+        load_saved_model(weights)
+
+
 def edit(weights, target, change=lambda arrays: None, **metadata):
     arrays = load_file(weights)
     change(arrays)

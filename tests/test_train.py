@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,38 @@ def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
     again = train(run)
     assert again.returncode == 0 and "finished: step 12 of 12" in again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_whose_end_was_cut_short_is_put_right(train, make_run):
+    run = make_run(train={"keep_checkpoints": 1})
+    assert train(run).returncode == 0
+    good = {path.name: path.readlink() for path in (run / "checkpoints").iterdir() if path.is_symlink()}
+    for link in good:
+        (run / "checkpoints" / link).unlink()
+    assert "finished" in train(run).stdout
+    assert {path.name: path.readlink() for path in (run / "checkpoints").iterdir() if path.is_symlink()} == good
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_the_history_of_a_run_whose_checkpoints_are_gone_is_kept(train, make_run):
+    run = make_run()
+    assert train(run).returncode == 0
+    history = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    again = train(run)
+    assert again.returncode == 0 and "no checkpoint, but metrics up to step 12" in again.stdout
+    [kept] = run.glob("metrics-before-*.jsonl")
+    assert kept.read_bytes() == history
+    assert len(read(run / "metrics.jsonl")) == 12
+
+
+def test_metrics_that_lack_steps_are_said_to(train, make_run):
+    run = make_run()
+    assert train(run).returncode == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3] + lines[5:]))
+    again = train(run, "--from", find_checkpoints(run / "checkpoints")[1].path.name)
+    assert again.returncode == 0 and "metrics.jsonl lacks steps before 10" in again.stdout
 
 
 def test_the_records_are_the_same_without_a_progress_bar(make_run):
