@@ -51,10 +51,12 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.steps} steps left alone, in {scratch}", flush=True)
         seconds = train_alone(alone)
         kills, rows = [], []
+        plan = [PHASES[number % len(PHASES)] for number in range(args.kills)]
+        rng.shuffle(plan)
         with tqdm(total=args.kills, unit="kill", dynamic_ncols=True) as bar:
             while len(kills) < args.kills and not any(difference for *_, difference in rows):
                 killed = write_twin(run, Path(tempfile.mkdtemp(dir=scratch)) / "killed", args.steps)
-                kills += train_and_kill(killed, args.kills - len(kills), args.steps, seconds, rng, bar)
+                kills += train_and_kill(killed, plan[len(kills) :], args.steps, seconds, rng, bar)
                 if not kills:
                     raise RuntimeError(f"{args.steps} steps end before they can be killed; use more with --steps")
                 rows = compare(alone, killed)
@@ -132,15 +134,14 @@ def train_alone(run: RunDirectory) -> dict[str, float]:
 
 
 def train_and_kill(
-    run: RunDirectory, kills: int, steps: int, seconds: dict[str, float], rng: random.Random, bar: tqdm
+    run: RunDirectory, plan: list[str], steps: int, seconds: dict[str, float], rng: random.Random, bar: tqdm
 ) -> list[Kill]:
-    """Start a run, kill it in a random phase and start it again, `kills` times over its length, and let it end.
+    """Start a run, kill it in the first phase of `plan`, start it again, and so on over its length; let it end.
 
     A run that is faster than we are ends after fewer, or none.
     """
     done = []
-    for target in sorted(rng.randrange(steps) for _ in range(kills)):
-        phase = rng.choice(PHASES)
+    for target, phase in zip(sorted(rng.randrange(steps) for _ in plan), plan):
         with training(run) as process:
             if phase != "starting":
                 wait_for(process, lambda: has_begun(run))  # what is left of the one before is gone then
