@@ -100,36 +100,28 @@ def test_every_line_that_is_said_carries_a_date(capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 3\n", capsys.readouterr().out)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_the_program_goes_on_where_its_output_finds_a_full_disk():
-    program = """
+CHATTY = """
 import sys
 import command_line
 def main(args):
     for number in range(50_000):
         print("line")
-        print("line", file=sys.stderr)
+    print("the last word", file=sys.stderr)
     return 7
 command_line.run(main, command_line.ArgumentParser("A program."))
 """
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_the_program_goes_on_where_its_output_finds_a_full_disk():
     with Path("/dev/full").open("w") as full:
-        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full).returncode == 7
+        assert subprocess.run([sys.executable, "-c", CHATTY], cwd=ROOT, stdout=full, stderr=full).returncode == 7
 
 
 def test_the_program_goes_on_when_its_reader_leaves():
-    program = """
-import sys
-import command_line
-def main(args):
-    for number in range(50_000):
-        print("line")
-    print("no reader either", file=sys.stderr)
-    return 7
-command_line.run(main, command_line.ArgumentParser("A program."))
-"""
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", CHATTY]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read() == "no reader either\n"
+        assert process.stderr.read() == "the last word\n"
         assert process.wait(timeout=60) == 7
