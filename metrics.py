@@ -14,7 +14,12 @@ LONGEST_LINE = 100_000  # bytes; a record has some hundred
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
     """Append one line per record; `durable` waits for the disk. After an OSError the file is as it was."""
-    content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+    append_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records), durable=durable)
+
+
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Append the whole text to a file, or nothing of it and raise OSError."""
+    content = text.encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:

@@ -1,24 +1,16 @@
 """`samples.txt`: one line per checkpoint, its global step and a completion."""
 
-import errno
-import os
 import re
 from pathlib import Path
+
+import metrics
 
 LINE = re.compile(r"step (\d+) \| .*")
 
 
 def append(path: Path, global_step: int, text: str) -> None:
     """Append a completion; its line breaks become a backslash and an n. After an OSError the file is as it was."""
-    line = f"step {global_step} | {_one_line(text)}\n".encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(end)
-            raise
+    metrics.append_text(path, f"step {global_step} | {_one_line(text)}\n")
 
 
 def cut_after(path: Path, global_step: int) -> None:

@@ -8,8 +8,8 @@ from conftest import ROOT
 FLOORS = [
     set(names.split())
     for names in (
-        "command_line config interruption mesh metrics run_directory samples tensor_files tokenizer",
-        "builtin_data charts data drift inspection loss model optimizer weights",
+        "command_line config interruption mesh metrics run_directory tensor_files tokenizer",
+        "builtin_data charts data drift inspection loss model optimizer samples weights",
         "dataset_sources preflight steps",
         "checkpointing evaluation generation",
         "comparison saved_model training",
