@@ -7,6 +7,7 @@ checkpoint's name is complete unless the disk has damaged it, and the manifest s
 
 import calendar
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 STAGING, DAMAGED = ".staging-", "damaged-"
 SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
+NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 MODEL_FILE, OPTIMIZER_FOLDER, META_FILE, MANIFEST_FILE = "model.safetensors", "optimizer", "meta.json", "manifest.json"
 
 
@@ -86,7 +88,7 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
 
     Returns it (None: there are none yet), and a line for every newer, damaged one, which is renamed so that it no
     longer counts and can be looked at: only for the holder of the run's lock.
-    Raises ValueError when the one asked for is missing or damaged, or all are damaged.
+    Raises ValueError when the one asked for is missing or damaged, or all are damaged, or one cannot be read just now.
     """
     checkpoints = find_checkpoints(folder)
     if which is not None:
@@ -103,6 +105,8 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
         try:
             verify(checkpoint)
         except ValueError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_DAMAGE:
+                raise  # it may well be whole; when this process may read it again, it shall still be the newest
             damaged.append((checkpoint, error))
         else:
             return checkpoint, [_set_aside(bad, error) for bad, error in damaged]
@@ -182,7 +186,7 @@ def verify(checkpoint: Checkpoint) -> None:
         manifest = read_json(path / MANIFEST_FILE)
         expected = {file: (entry["size"], entry["sha256"]) for file, entry in manifest.items()}
     except (OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be listed ({type(error).__name__})") from None
+        raise ValueError(f"{path}: cannot be listed ({type(error).__name__})") from error
     except (KeyError, TypeError):
         raise ValueError(
             f"{path / MANIFEST_FILE}: expected size and sha256 of every file, got something else"
@@ -199,7 +203,7 @@ def verify(checkpoint: Checkpoint) -> None:
         try:
             is_whole = (path / file).stat().st_size == size and _describe(path / file)["sha256"] == digest
         except OSError as error:
-            raise ValueError(f"{path / file}: unreadable ({error.strerror})") from None
+            raise ValueError(f"{path / file}: unreadable ({error.strerror})") from error
         if not is_whole:
             raise ValueError(f"{path / file}: content differs from the manifest")
     _ = checkpoint.meta  # raises when the whole folder is a copy of another checkpoint's

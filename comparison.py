@@ -23,7 +23,6 @@ X_LABELS = {
     "steps": "global step",
     "seconds": "seconds of training steps, compiling included",
 }
-NEEDED = {"loss", "tokens_seen", "seconds", "rejected_updates"}  # of every record
 Column = Callable[["Trained"], str]
 
 
@@ -85,9 +84,7 @@ def read(run: RunDirectory) -> Trained | None:
     """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.read(run.metrics)
-    for record in records:
-        if missing := NEEDED - record.keys():
-            raise ValueError(f"{run.metrics}: step {record['global_step']} lacks {', '.join(sorted(missing))}")
+    metrics.check_complete(run.metrics, records)
     return Trained(run, model_config, config, records, seconds_trained(run)) if records else None
 
 

@@ -202,7 +202,7 @@ def _read_text(path: Path, expected: str, remedy: str = "") -> str:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: expected a JSON file, found nothing{remedy}") from None
     except OSError as error:
-        raise ValueError(f"{path}: expected a JSON file, cannot read it ({error.strerror})") from None
+        raise ValueError(f"{path}: expected a JSON file, cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes at position {error.start}") from None
 

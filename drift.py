@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from config import Config, ModelConfig, OnResume, TrainConfig
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
@@ -22,8 +24,9 @@ def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a bit-for-bit repetition depends on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    """Return the versions that a bit-for-bit repetition depends on, and the kind of device."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries}
 
 
 def check_form(meta: dict[str, Any], source: Path) -> None:

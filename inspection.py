@@ -6,12 +6,13 @@ import math
 import jax
 from flax import nnx
 
+from weights import named_arrays
+
 
 def parameter_hashes(model: nnx.Module) -> dict[str, str]:
     """Hash every parameter: dot-joined name → 16 hex digits of BLAKE2, the same on every machine."""
-    arrays = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    host_arrays = jax.device_get({name: variable.get_value() for name, variable in arrays.items()})
-    return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in host_arrays.items()}
+    arrays = jax.device_get(named_arrays(nnx.state(model, nnx.Param)))
+    return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 
 def check_parameters_changed(before: dict[str, str], after: dict[str, str]) -> None:

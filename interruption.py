@@ -44,9 +44,8 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into requests while the block runs; must be entered by the main thread."""
-    request = StopRequest()
+def listening(request: StopRequest, first_message: str, second_message: str) -> Iterator[None]:
+    """Note SIGINT, SIGTERM and SIGUSR1 in `request` while the block runs; must be entered by the main thread."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -71,7 +70,7 @@ def listening(first_message: str, second_message: str) -> Iterator[StopRequest]:
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
-        yield request
+        yield
     finally:
         signal.set_wakeup_fd(previous_descriptor)
         for number, handler in previous.items():

@@ -11,6 +11,9 @@ from typing import Any
 Record = dict[str, Any]
 LONGEST_LINE = 100_000  # bytes; a record has some hundred
 
+NUMBERS = {"clipped", "learning_rate", "rejected", "rejected_updates", "seconds", "tokens_seen"}  # in every record
+NULLABLE = {"gradient_norm", "loss"}  # as well, null where they were not finite
+
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
     """Append one line per record; `durable` waits for the disk. After an OSError the file is as it was."""
@@ -69,9 +72,22 @@ def _parse(line: bytes) -> Record:
     return record
 
 
+def check_complete(path: Path, records: Iterable[Record]) -> None:
+    """Raise ValueError when a record lacks what charts, tables and checkpoints are made of."""
+    for record in records:
+        missing = (NUMBERS - {name for name, value in record.items() if value is not None}) | (NULLABLE - record.keys())
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"{path}: step {record['global_step']} lacks {names}; restore it or delete the file")
+
+
 def cut_after(path: Path, global_step: int) -> list[Record]:
-    """Drop the lines after `global_step` (and a torn last one) from the file; return the lines that stay."""
+    """Drop the lines after `global_step` (and a torn last one) from the file; return the lines that stay.
+
+    Raises ValueError, with the file as it was, when one of those is not whole.
+    """
     kept = read(path, until=global_step)  # what follows may be anything: it goes
+    check_complete(path, kept)
     if path.exists():
         rewrite(path, kept)
     return kept

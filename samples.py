@@ -17,6 +17,8 @@ def cut_after(path: Path, global_step: int) -> None:
     """Drop the completions of later global steps."""
     if not path.exists():
         return
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{path}: expected a file of samples, got a folder or a device; move it away")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a kill can tear the last one
     kept = [line for line in whole if not (match := LINE.match(line)) or int(match[1]) <= global_step]

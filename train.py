@@ -50,18 +50,18 @@ def main(args: argparse.Namespace) -> int:
     run.check()
     runs = find_runs(args.run)
     if run.train_config.exists() or not runs:
-        return train_one(run, args)
+        return train_one(run, args, StopRequest())
     return train_all(runs, args)
 
 
-def train_one(run: RunDirectory, args: argparse.Namespace) -> int:
+def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
     model_config = load_config(run.model_config, ModelConfig)
     config = load_config(run.train_config, TrainConfig)
     if args.check:
         print(*preflight.describe(run, model_config, config, tokens_available(config)), sep="\n")
         return command_line.DONE
     with run.lock():
-        return train_or_go_on(run, model_config, config, args)
+        return train_or_go_on(run, model_config, config, args, stop)
 
 
 def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
@@ -70,14 +70,14 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
     for run in runs:  # a typing error in the last one should not show after hours
         load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
-    failed = False
+    failed, stop = False, StopRequest()
     for number, run in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {run.path}")
         try:
-            code = train_one(run, args)
+            code = train_one(run, args, stop)
         except Exception as error:
             code = command_line.complain(error, debug=args.debug)
-        if code >= command_line.INTERRUPTED:
+        if stop or code >= command_line.INTERRUPTED:  # also when saving failed then
             return code
         failed |= code != command_line.DONE
     if any(run.metrics.exists() for run in runs) and not args.check:
@@ -120,7 +120,9 @@ def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool =
     return None if steps is None else steps * config.epochs
 
 
-def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace) -> int:
+def train_or_go_on(
+    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, stop: StopRequest
+) -> int:
     total = total_steps(model_config, config, fetch=True)
     if not total:
         raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
@@ -143,9 +145,10 @@ def train_or_go_on(run: RunDirectory, model_config: ModelConfig, config: TrainCo
         cut_after(training, 0)
     resume_line = f"uv run train.py {args.run}"
     with listening(
+        stop,
         "stopping after this step; a second Ctrl-C leaves at once",
         f"left at once; to go on from the last checkpoint: {resume_line}",
-    ) as stop:
+    ):
         train(training, stop)
     if training.global_step == total and not training.lacks_milestone:
         share = training.seconds_paused / training.seconds

@@ -9,8 +9,8 @@ FLOORS = [
     set(names.split())
     for names in (
         "command_line config interruption mesh metrics run_directory tensor_files tokenizer",
-        "builtin_data charts data drift inspection loss model optimizer samples weights",
-        "dataset_sources preflight steps",
+        "builtin_data charts data drift loss model optimizer samples weights",
+        "dataset_sources inspection preflight steps",
         "checkpointing evaluation generation",
         "comparison saved_model training",
         "saving",

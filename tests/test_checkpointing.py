@@ -296,6 +296,26 @@ def test_damage_to_any_file_is_named_and_the_newest_good_checkpoint_taken(three,
     assert choose(folder, None) == (newest, [])
 
 
+@pytest.mark.parametrize("number", sorted(checkpointing.NO_DAMAGE))
+@pytest.mark.parametrize("name", ["manifest.json", "meta.json", "model.safetensors"])
+def test_a_file_that_this_process_may_not_read_is_no_damage(three, monkeypatch, name, number):
+    folder, (*_, newest) = three
+    really_open = Path.open
+
+    def refused(path, *arguments, **options):
+        if path == newest.path / name:
+            raise OSError(number, os.strerror(number))
+        return really_open(path, *arguments, **options)
+
+    before = listing(folder)
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ValueError, match=f"{name}: .*{os.strerror(number)}"):
+        choose(folder, None)
+    monkeypatch.undo()
+    assert listing(folder) == before
+    assert choose(folder, None) == (newest, [])
+
+
 def test_a_file_too_many_in_any_folder_is_named(three):
     folder, (_, good, newest) = three
     for parent in {path.parent for path in files_of(newest)}:

@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_does_not_keep_a_run_out_of_the_table(trained, tmp_
 
 def test_metrics_that_lack_something_are_one_clear_line(trained, tmp_path):
     run = trained("run", [{"global_step": 1, "loss": 4.0, "seconds": 1.0}])
-    with pytest.raises(ValueError, match="step 1 lacks rejected_updates, tokens_seen"):
+    with pytest.raises(ValueError, match=r"step 1 lacks .*rejected_updates, tokens_seen; "):
         compare([run], "tokens", tmp_path / "chart.png")
 
 

@@ -99,6 +99,11 @@ def test_the_versions_are_those_that_a_repetition_depends_on(saved, name):
     assert saved["versions"][name][0].isdigit()
 
 
+def test_another_kind_of_device_is_reported(saved):
+    saved["versions"]["device"] = "NVIDIA H200"
+    assert check(saved) == ["since the checkpoint: device NVIDIA H200 → cpu; expect tiny differences"]
+
+
 def test_a_key_that_came_after_the_checkpoint_is_no_change(saved):
     del saved["train_config"]["epochs"], saved["model_config"]["tied_head"]
     assert check(saved) == []

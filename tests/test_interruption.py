@@ -6,14 +6,15 @@ import time
 import pytest
 from conftest import ROOT
 
-from interruption import listening
+from interruption import StopRequest, listening
 
 FIRST, SECOND = "stopping soon", "left at once"
 PROGRAM = f"""
 import hashlib, os, signal, sys, threading, time
-from interruption import listening
+from interruption import StopRequest, listening
 
-with listening({FIRST!r}, {SECOND!r}) as stop:
+stop = StopRequest()
+with listening(stop, {FIRST!r}, {SECOND!r}):
     print("ready", flush=True)
     BODY
 print("block ended", stop.signal_number, flush=True)
@@ -109,9 +110,9 @@ def test_afterwards_signals_are_handled_as_before(error):
         signal.set_wakeup_fd(descriptor)
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)], descriptor
 
-    before = handlers()
+    before, stop = handlers(), StopRequest()
     try:
-        with listening(FIRST, SECOND) as stop:
+        with listening(stop, FIRST, SECOND):
             assert handlers() != before
             assert not stop
             if error:

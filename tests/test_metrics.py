@@ -16,7 +16,8 @@ def path(tmp_path):
 
 
 def records(*steps):
-    return [{"global_step": step, "loss": 10 / (step + 1)} for step in steps]
+    others = dict.fromkeys(metrics.NUMBERS | metrics.NULLABLE, 1.0)
+    return [{"global_step": step, **others, "loss": 10 / (step + 1)} for step in steps]
 
 
 def test_no_file_is_no_records(path):
@@ -113,6 +114,22 @@ def test_what_stands_after_the_cut_may_be_anything(path, bad):
         file.write(f"{bad}\n")
     assert metrics.cut_after(path, 2) == records(1, 2)
     assert metrics.read(path) == records(1, 2)
+
+
+@pytest.mark.parametrize("name", metrics.NUMBERS | metrics.NULLABLE)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_record_before_the_cut_that_lacks_something_is_refused_and_the_file_left_alone(path, name, is_there):
+    first, second = records(1, 2)
+    del second[name]
+    metrics.append(path, [first, second | ({name: None} if is_there else {}), *records(3)])
+    content = path.read_bytes()
+    if is_there and name in metrics.NULLABLE:
+        assert len(metrics.cut_after(path, 2)) == 2
+    else:
+        with pytest.raises(ValueError, match=f"step 2 lacks {name}; "):
+            metrics.cut_after(path, 2)
+        assert path.read_bytes() == content
+    assert metrics.cut_after(path, 1) == [first]
 
 
 def test_the_cut_leaves_no_other_file_behind(path):

@@ -1,5 +1,7 @@
 """`samples.txt`: one line per checkpoint, and the cut on resume."""
 
+import os
+
 import pytest
 
 import samples
@@ -42,6 +44,13 @@ def test_a_line_torn_by_a_kill_does_not_swallow_the_next_completion(path):
     samples.cut_after(path, 25)
     samples.append(path, 50, "b")
     assert "step 50 | b" in path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_without_waiting_for_it(path, make):
+    make(path)
+    with pytest.raises(ValueError, match="got a folder or a device"):
+        samples.cut_after(path, 0)
 
 
 def test_the_cut_leaves_no_other_file_behind(path):

@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
+import train
 from metrics import read
 
 
@@ -75,6 +76,18 @@ def test_a_signal_while_a_run_ends_keeps_the_next_one_from_starting(ladder):
     assert code == 143, output
     assert steps(ladder / "01") == list(range(1, 13))
     assert "run 2 of 2" not in output
+
+
+def test_a_run_that_fails_as_it_is_stopped_keeps_the_next_one_from_starting(call_program, ladder, monkeypatch):
+    def cannot_save(training, stop):
+        stop.signal_number = signal.SIGTERM
+        raise OSError("step 3 could not be saved")
+
+    monkeypatch.setattr(train, "train", cannot_save)
+    finished = call_program("train", ladder)
+    assert finished.returncode == 1
+    assert finished.stderr.count("could not be saved") == 1
+    assert "run 2 of 2" not in finished.stdout
 
 
 def test_a_config_error_in_any_run_shows_before_the_first_one_trains(call_program, ladder):
