@@ -12,19 +12,15 @@ import checkpointing
 import command_line
 import drift
 import preflight
-import samples
 from command_line import say
 from comparison import CHART, compare
-from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
-from data import count_tokens, fingerprint, open_streams, unigram_entropy
-from dataset_sources import dataset_folder, dataset_revision
+from config import ModelConfig, TrainConfig, load_config
 from inspection import check_parameters_changed, first_loss_line, parameter_hashes
 from interruption import StopRequest, listening
 from mesh import describe_devices
-from model import create_model
-from optimizer import make_optimizer
 from run_directory import RunDirectory, find_runs
 from saving import Saver
+from starting import go_on_from, set_up, tokens_available, total_steps
 from steps import train_step
 from training import (
     Report,
@@ -104,22 +100,6 @@ def list_runs() -> int:
     return command_line.DONE
 
 
-def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
-    """Count the training tokens from `start_train_token` on; None when they are not here and `fetch` is off."""
-    path = dataset_folder(config.dataset, fetch=fetch) / "train.safetensors"
-    if not fetch and not path.exists():
-        return None
-    return max(0, count_tokens(path) - config.start_train_token)
-
-
-def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool = False) -> int | None:
-    """Count the global steps of the whole run; None when that takes data that are not here and `fetch` is off."""
-    steps = steps_per_epoch(model_config, config)
-    if steps is None:
-        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch))
-    return None if steps is None else steps * config.epochs
-
-
 def train_or_go_on(
     run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, stop: StopRequest
 ) -> int:
@@ -137,9 +117,13 @@ def train_or_go_on(
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
     say(describe_devices())
+    say(*preflight.describe(run, model_config, config, tokens_available(config)))
     training = set_up(run, model_config, config, total)
+    if training.val_stream is None:
+        say("no validation tokens: best goes by training loss")
     if checkpoint:
-        go_on_from(checkpoint, training, args)
+        from_one, accept = args.from_checkpoint is not None, args.accept_changes
+        say(*go_on_from(checkpoint, training, accept=accept, commit_again=from_one))
     else:
         say(*set_history_aside(training))
         cut_after(training, 0)
@@ -156,60 +140,6 @@ def train_or_go_on(
         return stop.exit_code if stop else command_line.DONE  # in a folder of runs the next one must not start
     say(f"stopped and saved at step {training.global_step:,} of {total:,}; to go on: {resume_line}")
     return stop.exit_code
-
-
-def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int) -> Training:
-    """Load the tokens, print the preflight, and build a fresh model and optimiser."""
-    folder = dataset_folder(config.dataset)
-    say(*preflight.describe(run, model_config, config, tokens_available(config)))
-    train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs)
-    if val_stream is None:
-        say("no validation tokens: best goes by training loss")
-    uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
-    landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
-    if unigram < uniform - 0.05:
-        landmarks["unigram entropy of the data"] = unigram
-    prints = {
-        "train": fingerprint(train_stream.tokens),
-        "validation": fingerprint(val_stream.tokens) if val_stream else None,
-        "revision": dataset_revision(folder),
-    }
-    model = create_model(model_config, config.seed, config.drop_rate, config.precision)
-    return Training(
-        run=run,
-        model_config=model_config,
-        config=config,
-        total_steps=total,
-        model=model,
-        optimizer=make_optimizer(model, config, total),
-        train_stream=train_stream,
-        val_stream=val_stream,
-        snapshot=drift.snapshot(model_config, config, prints),
-        landmarks=landmarks,
-    )
-
-
-def go_on_from(checkpoint: checkpointing.Checkpoint, training: Training, args: argparse.Namespace) -> None:
-    """Load a checkpoint, and forget the metrics and samples of later steps."""
-    drift.check_data(checkpoint.meta, training.snapshot["data"], accept=args.accept_changes)
-    checkpointing.load(checkpoint, training.model, training.optimizer)
-    training.global_step = training.saved_step = checkpoint.global_step
-    training.seconds_before = checkpoint.meta["seconds_trained"]
-    training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
-    if args.from_checkpoint:  # commit it again, so that it is the newest and the next start goes on from it as well
-        state = checkpointing.copy_to_host(training.model, training.optimizer)
-        meta = checkpoint.meta | training.snapshot
-        checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
-    cut_after(training, checkpoint.global_step)
-    was_broken_off = not checkpoint.meta.get("is_milestone", True)
-    steps = [record["global_step"] for record in training.records]
-    if steps != list(range(1, checkpoint.global_step + 1)):
-        say(f"WARNING {training.run.metrics} lacks steps before {checkpoint.global_step:,}; charts will show a gap")
-    has_record = checkpoint.global_step in steps[-1:]
-    training.lacks_milestone = was_broken_off and at_milestone(training) and has_record
-    if training.lacks_milestone:  # its sample comes once more
-        samples.cut_after(training.run.samples, checkpoint.global_step - 1)
-    say(f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}")
 
 
 def train(training: Training, stop: StopRequest) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
         "dataset_sources inspection preflight steps",
         "checkpointing evaluation generation",
         "comparison saved_model training",
-        "saving",
+        "saving starting",
         "compare_runs prove_resume test_a_to_a test_generation train",
     )
 ]

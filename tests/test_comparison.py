@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+import metrics
 from charts import Curve
 from comparison import X_LABELS, compare, labels, outsiders, read
 from run_directory import RunDirectory
@@ -13,6 +14,7 @@ TINY_PARAMETERS = 6_464 + 512 + 192 + 3_072 + 1_056 + 4_224 + 4_128
 
 def record(step, loss, *, seconds=0.5, rejected_updates=0, **more):
     return {
+        **dict.fromkeys(metrics.NUMBERS | metrics.NULLABLE, 1.0),
         "global_step": step,
         "loss": loss,
         "tokens_seen": 128 * step,

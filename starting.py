@@ -1,0 +1,88 @@
+"""How a run starts or goes on: its tokens, model and optimiser, and what a checkpoint says of them."""
+
+import math
+
+import checkpointing
+import drift
+import samples
+from config import ModelConfig, TrainConfig, steps_per_epoch
+from data import count_tokens, fingerprint, open_streams, unigram_entropy
+from dataset_sources import dataset_folder, dataset_revision
+from model import create_model
+from optimizer import make_optimizer
+from run_directory import RunDirectory
+from training import Training, at_milestone, cut_after
+
+
+def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
+    """Count the training tokens from `start_train_token` on; None when they are not here and `fetch` is off."""
+    path = dataset_folder(config.dataset, fetch=fetch) / "train.safetensors"
+    if not fetch and not path.exists():
+        return None
+    return max(0, count_tokens(path) - config.start_train_token)
+
+
+def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool = False) -> int | None:
+    """Count the global steps of the whole run; None when that takes data that are not here and `fetch` is off."""
+    steps = steps_per_epoch(model_config, config)
+    if steps is None:
+        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch))
+    return None if steps is None else steps * config.epochs
+
+
+def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int) -> Training:
+    """Load the tokens, and build a fresh model and optimiser."""
+    folder = dataset_folder(config.dataset)
+    train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs)
+    uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
+    landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
+    if unigram < uniform - 0.05:
+        landmarks["unigram entropy of the data"] = unigram
+    prints = {
+        "train": fingerprint(train_stream.tokens),
+        "validation": fingerprint(val_stream.tokens) if val_stream else None,
+        "revision": dataset_revision(folder),
+    }
+    model = create_model(model_config, config.seed, config.drop_rate, config.precision)
+    return Training(
+        run=run,
+        model_config=model_config,
+        config=config,
+        total_steps=total,
+        model=model,
+        optimizer=make_optimizer(model, config, total),
+        train_stream=train_stream,
+        val_stream=val_stream,
+        snapshot=drift.snapshot(model_config, config, prints),
+        landmarks=landmarks,
+    )
+
+
+def go_on_from(
+    checkpoint: checkpointing.Checkpoint, training: Training, *, accept: bool, commit_again: bool
+) -> list[str]:
+    """Load a checkpoint, and forget the metrics and samples of later steps; return what there is to say.
+
+    `accept` other validation tokens; `commit_again` makes it the newest, so that the next start goes on from it too.
+    """
+    drift.check_data(checkpoint.meta, training.snapshot["data"], accept=accept)
+    checkpointing.load(checkpoint, training.model, training.optimizer)
+    training.global_step = training.saved_step = checkpoint.global_step
+    training.seconds_before = checkpoint.meta["seconds_trained"]
+    training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
+    if commit_again:
+        state = checkpointing.copy_to_host(training.model, training.optimizer)
+        meta = checkpoint.meta | training.snapshot
+        checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
+    cut_after(training, checkpoint.global_step)
+    was_broken_off = not checkpoint.meta.get("is_milestone", True)
+    steps = [record["global_step"] for record in training.records]
+    has_record = checkpoint.global_step in steps[-1:]
+    training.lacks_milestone = was_broken_off and at_milestone(training) and has_record
+    if training.lacks_milestone:  # its sample comes once more
+        samples.cut_after(training.run.samples, checkpoint.global_step - 1)
+    lines = [f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}"]
+    if steps != list(range(1, checkpoint.global_step + 1)):
+        gap = f"WARNING {training.run.metrics} lacks steps before {checkpoint.global_step:,}; charts will show a gap"
+        lines.insert(0, gap)
+    return lines
