@@ -10,6 +10,7 @@ Suffixes of array names: as in model.py; R rows of a chunk, C chunks.
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,6 +24,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
     Takes logits (…, V) and target ids (…) of any integer type, each below V. Returns a scalar.
     """
+    chex.assert_shape(targets_BT, logits_BTV.shape[:-1], custom_message="target ids, against logits")
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1]).astype(jnp.float32)
     targets = targets_BT.reshape(-1).astype(jnp.int32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -41,6 +43,8 @@ def fused_cross_entropy(
     are computed in `dtype`; their sums, the log-sum-exp, the loss and the head's gradient are float32.
     Returns a scalar.
     """
+    chex.assert_shape(targets_BT, hidden_BTD.shape[:-1], custom_message="target ids, against hidden states")
+    chex.assert_shape(head_VD, (None, hidden_BTD.shape[-1]), custom_message="the output head, against hidden states")
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_M = targets_BT.reshape(-1).astype(jnp.int32)
     rows = len(targets_M)

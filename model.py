@@ -6,9 +6,11 @@ Suffixes of array names: B batch, T positions, D embedding, N heads, H head widt
 K or A microbatches.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -110,6 +112,7 @@ class Block(nnx.Module):
         return x_BTD
 
     def _add(self, x_BTD: jax.Array, change_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+        chex.assert_equal_shape((x_BTD, change_BTD), custom_message="what a layer adds, against what it adds it to")
         change_BTD = self.dropout(change_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
         return x_BTD + change_BTD if self.shortcut else change_BTD.astype(x_BTD.dtype)
 
@@ -152,15 +155,26 @@ class GPTModel(nnx.Module):
 
     def hidden_states(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head reads, (B, T, D), float32."""
+        *_, (_, hidden_BTD) = self.stages(tokens_BT, dropout_rngs)
+        return hidden_BTD
+
+    def stages(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> Iterator[tuple[str, jax.Array]]:
+        """Yield the hidden states (B, T, D), float32, after each stage, with its name."""
+        chex.assert_rank(tokens_BT, 2, custom_message="token ids, expected as (B, T)")
+        chex.assert_type(tokens_BT, int, custom_message="token ids")
         length = tokens_BT.shape[1]
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
         x_BTD = self.token_embedding(tokens_BT.astype(jnp.int32))
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(jnp.arange(length))[None]
         x_BTD = self.dropout(x_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
-        for block in self.blocks:
+        yield "the embedding", x_BTD
+        for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, dropout_rngs)
-        return x_BTD if self.output_norm is None else self.output_norm(x_BTD)
+            chex.assert_type(x_BTD, jnp.float32, custom_message=f"the residual stream after block {number}")
+            yield f"block {number}", x_BTD
+        if self.output_norm is not None:
+            yield "the output norm", self.output_norm(x_BTD)
 
     @property
     def head_table(self) -> jax.Array:

@@ -142,3 +142,25 @@ def test_no_array_of_all_tokens_and_the_whole_vocabulary_is_ever_made():
 )
 def test_the_chunk_is_the_largest_power_of_two_whose_logits_fit(vocab_size, platform, rows):
     assert chunk_size(vocab_size, platform) == rows
+
+
+@pytest.mark.parametrize(
+    ("call", "sides"),
+    [
+        (
+            lambda: cross_entropy(jnp.zeros((2, 4, 10)), jnp.zeros((2, 3), int)),
+            r"\(2, 3\).*\(2, 4\).*target ids.*logits",
+        ),
+        (
+            lambda: fused_cross_entropy(jnp.zeros((2, 4, 8)), jnp.zeros((10, 8)), jnp.zeros((2, 3), int)),
+            r"\(2, 3\).*\(2, 4\).*target ids.*hidden states",
+        ),
+        (
+            lambda: fused_cross_entropy(jnp.zeros((2, 4, 8)), jnp.zeros((10, 7)), jnp.zeros((2, 4), int)),
+            r"\(10, 7\).*\(None, 8\).*output head.*hidden states",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_with_both_sides(call, sides):
+    with pytest.raises(AssertionError, match=sides):
+        call()

@@ -198,3 +198,28 @@ def test_shorter_sequences_give_the_logits_of_the_longer_ones_beginning():
 
 def test_logits_cover_the_vocabulary():
     assert logits(tiny_model(), tokens_BT()).shape == (2, CONTEXT_LENGTH, VOCAB_SIZE)
+
+
+def test_token_ids_of_another_form_are_refused():
+    model = tiny_model()
+    with pytest.raises(AssertionError, match=r"float32.*token ids"):
+        model(jnp.zeros((2, 4)))
+    with pytest.raises(AssertionError, match=r"shape \(4,\).*expected as \(B, T\)"):
+        model(jnp.zeros(4, int))
+
+
+def test_a_layer_that_changes_the_shape_is_refused_with_both_sides():
+    model = tiny_model()
+    model.blocks[0].feed_forward = lambda x: x[..., :3]
+    with pytest.raises(AssertionError, match=r"\(2, 4, 32\), \(2, 4, 3\).*what a layer adds"):
+        model(jnp.zeros((2, 4), int))
+
+
+def test_the_stages_are_named_and_the_last_is_what_the_head_reads():
+    model = tiny_model(n_layers=2)
+    tokens = jnp.arange(8).reshape(2, 4)
+    names, states = zip(*model.stages(tokens))
+    assert names == ("the embedding", "block 0", "block 1", "the output norm")
+    np.testing.assert_array_equal(states[-1], model.hidden_states(tokens))
+    bare = tiny_model(n_layers=0, output_norm=False)
+    assert [name for name, _ in bare.stages(tokens)] == ["the embedding"]
