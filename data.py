@@ -94,20 +94,24 @@ class TokenStream:
         """Whole global steps in one epoch; one token more than they hold is the last target."""
         return (self.tokens.size - 1) // int(np.prod(self.batch_shape))
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16.
-
-        Shuffled, every epoch takes all sequences in a seeded order of its own; otherwise it takes them in file order.
-        """
+    def positions(self, step: int) -> np.ndarray:
+        """Return where the sequences of global step `step` begin: indices of tokens, (K, B)."""
         microbatches, sequences, length = self.batch_shape
         epoch, step_in_epoch = divmod(step, self.num_steps)
         per_step = microbatches * sequences
         chosen = np.arange(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
         if self.shuffle:
             chosen = _sequence_order(self.seed, epoch, self.num_steps * per_step)[chosen]
-        host_tokens = np.asarray(self.tokens)  # a view
-        windows = np.stack([host_tokens[i * length : (i + 1) * length + 1] for i in chosen])
-        windows = windows.reshape(microbatches, sequences, length + 1)
+        return (chosen * length).reshape(microbatches, sequences)
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16.
+
+        Shuffled, every epoch takes all sequences in a seeded order of its own; otherwise it takes them in file order.
+        """
+        host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
+        windows = np.stack([host_tokens[first : first + length + 1] for first in self.positions(step).flat])
+        windows = windows.reshape(*self.batch_shape[:2], length + 1)
         inputs = windows[..., :-1]
         return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
 

@@ -1,11 +1,16 @@
-"""What one reaches for when training misbehaves: parameter hashes and sanity lines."""
+"""What one reaches for when training misbehaves: parameter hashes, sanity lines, what is known of a rejected update."""
 
+import fnmatch
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
+from metrics import finite
 from weights import named_arrays
 
 
@@ -15,12 +20,26 @@ def parameter_hashes(model: nnx.Module) -> dict[str, str]:
     return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 
-def check_parameters_changed(before: dict[str, str], after: dict[str, str]) -> None:
-    """Raise RuntimeError when no parameter differs between two sets of hashes."""
-    if before == after:
+def matching(hashes: Mapping[str, str], pattern: str) -> dict[str, str]:
+    """Return the hashes of the parameters that a shell's pattern matches. Raises ValueError when it matches none."""
+    names = fnmatch.filter(hashes, pattern)
+    if not names:
+        raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(hashes)[:500]}")
+    return {name: hashes[name] for name in names}
+
+
+def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Show the hashes after a global step; what did not change is marked."""
+    shown = (f"{name} {digest}{' (unchanged)' * (before.get(name) == digest)}" for name, digest in after.items())
+    return f"step {global_step:,}: {', '.join(shown)}"
+
+
+def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], *, rejected: bool = False) -> None:
+    """Raise RuntimeError when no parameter differs between two sets of hashes, unless the update was rejected."""
+    if before == after and not rejected:
         raise RuntimeError(
             "the first update changed no parameter; usual causes: a mutating step under jax.jit instead of nnx.jit, "
-            "a learning rate too small for float32, gradients that are all zero"
+            "learning_rate 0 or too small for float32, every update rejected, gradients that are all zero"
         )
 
 
@@ -28,6 +47,83 @@ def first_loss_line(loss: float, vocab_size: int) -> str:
     """Compare the first loss with that of a uniform guess."""
     uniform = math.log(vocab_size)
     line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
-    if not abs(loss - uniform) <= 0.5:
-        line += "; WARNING: they should be close: look at the initialisation, the targets, the loss"
-    return line
+    if math.isnan(loss):
+        causes = "a parameter or a product is not finite from the start: rejected-1.json says where"
+    elif loss > uniform + 0.5:
+        causes = "weights that start too large, or a loss that is a sum instead of a mean"
+    elif loss < uniform - 0.5:
+        causes = "targets that are the inputs (objective), a mask that lets positions see what follows, or padding"
+    else:
+        return line
+    return f"{line}; WARNING: they should be close; likely causes: {causes}"
+
+
+def describe_rejection(
+    global_step: int,
+    names: Sequence[str],
+    evidence: Sequence[Mapping[str, np.ndarray]],
+    bad_parameters: Sequence[str],
+    positions_KB: np.ndarray,
+) -> dict[str, Any]:
+    """Return what is known of a rejected update, as JSON: which microbatch, which gradient, which tokens.
+
+    Takes the parameters' names, the `steps.evidence` of every compiled call, the parameters that were not finite
+    themselves, and the index in the token file of every sequence's first token.
+    """
+    losses = [finite(loss) for call in evidence for loss in call["losses"].tolist()]
+    is_finite_P = np.all([call["gradients_finite"] for call in evidence], axis=0)
+    norms = [[finite(norm) for norm in call["gradient_norms"].tolist()] for call in evidence]
+    return {
+        "global_step": global_step,
+        "first_loss_not_finite": next((number for number, loss in enumerate(losses) if loss is None), None),
+        "first_gradient_not_finite": next((name for name, ok in zip(names, is_finite_P) if not ok), None),
+        "parameters_not_finite": list(bad_parameters),
+        "microbatches": [
+            {"loss": loss, "first_tokens": positions.tolist()} for loss, positions in zip(losses, positions_KB)
+        ],
+        "gradient_norms_of_each_call": {name: list(of_calls) for name, of_calls in zip(names, zip(*norms))},
+    }
+
+
+def array_table(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> list[str]:
+    """Return the lines of a Markdown table of arrays: shape, norm, mean, deviation, share of zeros, not finite.
+
+    With `others`, also how far each is from its namesake, relative to its own norm.
+    """
+    names = ["parameter", "shape", "norm", "mean", "deviation", "zeros", "not finite"] + ["change"] * (
+        others is not None
+    )
+    rows = [names, ["---", "---", *["---:"] * (len(names) - 2)]]
+    for name in sorted(arrays.keys() | (others or {}).keys(), key=_by_numbers):
+        row = [name, *_statistics(arrays[name])] if name in arrays else [name, "missing", *["–"] * 5]
+        if others is not None:
+            row.append(_change(arrays.get(name), others.get(name)))
+        rows.append(row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]  # block 9 before block 10
+
+
+def _statistics(array: np.ndarray) -> list[str]:
+    values = np.asarray(array, np.float64)
+    good = values[np.isfinite(values)]
+    numbers = (np.linalg.norm(good), good.mean(), good.std()) if good.size else (math.nan,) * 3
+    shape = " × ".join(map(str, array.shape)) or "scalar"
+    return [
+        shape,
+        *(f"{number:.4g}" for number in numbers),
+        f"{np.mean(values == 0):.2%}",
+        f"{values.size - good.size:,}",
+    ]
+
+
+def _change(array: np.ndarray | None, other: np.ndarray | None) -> str:
+    if array is None or other is None:
+        return "only in one"
+    if array.shape != other.shape:
+        return "other shape"
+    with np.errstate(all="ignore"):
+        old, new = np.asarray(array, np.float64), np.asarray(other, np.float64)
+        return f"{np.linalg.norm(new - old) / np.linalg.norm(old):.4g}" if (old != new).any() else "0"

@@ -18,8 +18,9 @@ import checkpointing
 import metrics
 import samples
 import tokenizer
-from evaluation import mean_loss
+from evaluation import compile_for, mean_loss
 from generation import generate
+from steps import Compiled
 from training import Training, at_milestone, period_start, write_metrics
 
 SAMPLE_TOKENS = 20
@@ -42,6 +43,7 @@ class Saver:
         self._pending: Future[list[str]] | None = None
         self._step = 0  # of the checkpoint that is being, or was last, written
         self._measured_step = 0
+        self._eval_step: Compiled | None = None  # compiled when it is needed first
         self._failures = 0  # in a row
         self._error: OSError | None = None  # the last one
 
@@ -107,7 +109,8 @@ class Saver:
         if self._stop():
             return False, []
         if training.val_stream:
-            loss = mean_loss(training.model, training.val_stream, self._stop)
+            self._eval_step = self._eval_step or compile_for(training.model, training.val_stream)
+            loss = mean_loss(training.model, training.val_stream, self._stop, self._eval_step)
             if loss is None:
                 return False, []
             record["val_loss"] = metrics.finite(loss)

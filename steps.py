@@ -1,10 +1,15 @@
-"""Everything that is jitted for training: one call of the training step, and one of the evaluation step."""
+"""Everything that is jitted for training: one call of the training step, and one of the evaluation step.
+
+Both are compiled ahead of their first call, once in a run: so it is known what they need before they need it, and
+arguments of another form are refused.
+"""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from config import TrainConfig
@@ -12,19 +17,21 @@ from data import Batch
 from loss import fused_cross_entropy
 from model import GPTModel
 from optimizer import update_report
+from weights import named_arrays
 
 
 @partial(nnx.jit, static_argnames="config", donate_argnames=("model", "optimizer"))
 def train_step(
     model: GPTModel, optimizer: nnx.Optimizer, batch: Batch, seed_key: jax.Array, config: TrainConfig
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Train on the microbatches of one call; the last call of a global step updates the parameters.
 
-    Returns the mean `loss` of the call, and what `optimizer.update_report` says after it; all on the device.
+    Returns the mean `loss` of the call, what `optimizer.update_report` says after it, and `evidence` for the case that
+    the update was rejected; all on the device.
     """
-    loss, grads = mean_gradient(model, batch, seed_key)
+    loss, grads, losses_A = mean_gradient(model, batch, seed_key)
     optimizer.update(model, grads)
-    return {"loss": loss, **update_report(optimizer, config)}
+    return {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads)}
 
 
 @nnx.jit
@@ -33,33 +40,90 @@ def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> j
     return model_loss(model, inputs_BT, targets_BT)
 
 
+class Compiled:
+    """A compiled step. Called with arguments of another form, it raises RuntimeError and changes nothing."""
+
+    def __init__(self, name: str, function: Any, *arguments: Any) -> None:
+        """Compile a jitted function for arguments like these, which may be abstract; see `nnx.jit`."""
+        self._name = name
+        self._compiled = function.lower(*arguments).compile()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Take the arguments without the static ones."""
+        try:
+            return self._compiled(*arguments)
+        except TypeError as error:
+            differences = "; ".join(line for line in str(error).splitlines() if line.startswith("Argument '"))
+            if not differences:
+                raise
+            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {differences}") from error
+
+    @property
+    def bytes_needed(self) -> int:
+        """What the device must hold while it runs, its arguments included, by XLA's own account."""
+        stats = self._compiled.memory_analysis()
+        kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+
+def compile_train_step(
+    model: GPTModel, optimizer: nnx.Optimizer, batch: Batch, seed_key: jax.Array, config: TrainConfig
+) -> Compiled:
+    return Compiled("training step", train_step, model, optimizer, batch, seed_key, config)
+
+
+def compile_eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> Compiled:
+    return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT)
+
+
 def model_loss(
     model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
 ) -> jax.Array:
     return fused_cross_entropy(model.hidden_states(inputs_BT, dropout_rngs), model.head_table, targets_BT, model.dtype)
 
 
-def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State]:
+def dropout_rngs(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
+    """Dropout masks are a function of the seed, the global step (from 0) and its microbatch alone."""
+    return nnx.Rngs(dropout=jax.random.fold_in(jax.random.fold_in(seed_key, global_step), microbatch))
+
+
+def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
     """Average loss and gradient over the microbatches of a call, one forward and backward pass at a time.
 
-    Dropout masks are a function of the seed, the global step and the microbatch alone.
+    Also returns the loss of each microbatch, (A,).
+
     """
     graph, params = nnx.split(model)
     global_step, first = batch.position
-    step_key = jax.random.fold_in(seed_key, global_step)
 
     def microbatch_loss(
         params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array
     ) -> jax.Array:
-        rngs = nnx.Rngs(dropout=jax.random.fold_in(step_key, microbatch))
+        rngs = dropout_rngs(seed_key, global_step, microbatch)
         return model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
 
-    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-        value_and_grads = jax.value_and_grad(microbatch_loss)(params, *microbatch)
-        return jax.tree.map(jnp.add, total, value_and_grads), None
+    def add(total: Any, microbatch: Any) -> tuple[Any, jax.Array]:
+        loss_and_grads = jax.value_and_grad(microbatch_loss)(params, *microbatch)
+        return jax.tree.map(jnp.add, total, loss_and_grads), loss_and_grads[0]
 
     count = batch.inputs.shape[0]
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zeros, (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32)))
+    total, losses_A = jax.lax.scan(
+        add, zeros, (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
+    )
     loss, grads = jax.tree.map(lambda x: x / count, total)
-    return loss, grads
+    return loss, grads, losses_A
+
+
+def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
+    """Return what tells where a gradient stopped being finite: three small arrays.
+
+    The loss of each microbatch (A,), and of every parameter, in the order of `weights.named_arrays`, the norm of its
+    gradient and whether all of that is finite (P,). Clipping and rejecting need the same sums: XLA takes them once.
+    """
+    arrays = named_arrays(grads).values()
+    return {
+        "losses": losses_A,
+        "gradient_norms": jnp.stack([optax.tree.norm(array).astype(jnp.float32) for array in arrays]),
+        "gradients_finite": jnp.stack([jnp.isfinite(array).all() for array in arrays]),
+    }

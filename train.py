@@ -11,29 +11,30 @@ from tqdm import tqdm
 import checkpointing
 import command_line
 import drift
+import fitting
+import overfitting
 import preflight
 from command_line import say
 from comparison import CHART, compare
 from config import ModelConfig, TrainConfig, load_config
-from inspection import check_parameters_changed, first_loss_line, parameter_hashes
 from interruption import StopRequest, listening
 from mesh import describe_devices
 from run_directory import RunDirectory, find_runs
 from saving import Saver
 from starting import go_on_from, set_up, tokens_available, total_steps
-from steps import train_step
+from steps import compile_train_step
 from training import (
     Report,
     Training,
     at_milestone,
     collect,
     cut_after,
-    mean_of_calls,
     note_metrics,
     place_batch,
     set_history_aside,
     tokens_per_second,
 )
+from watching import Watcher
 
 RUNS = Path("runs")
 
@@ -53,11 +54,55 @@ def main(args: argparse.Namespace) -> int:
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
     model_config = load_config(run.model_config, ModelConfig)
     config = load_config(run.train_config, TrainConfig)
-    if args.check:
-        print(*preflight.describe(run, model_config, config, tokens_available(config)), sep="\n")
-        return command_line.DONE
+    if args.instead:
+        return args.instead(run, model_config, config)
     with run.lock():
-        return train_or_go_on(run, model_config, config, args, stop)
+        try:
+            return train_or_go_on(run, model_config, config, args, stop)
+        except Exception as error:
+            if not command_line.is_out_of_memory(error):
+                raise
+            raise ValueError(fitting.advice(model_config, config)) from error
+
+
+def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Print what a run will be and need."""
+    print(*preflight.describe(run, model_config, config, tokens_available(config)), sep="\n")
+    return command_line.DONE
+
+
+def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Print what each `microbatch_size` that was tried needs, and the largest that fits."""
+    say(describe_devices())
+    found, needs = fitting.largest_microbatch(model_config, config)
+    for size, needed in sorted(needs.items()):
+        print(
+            f"microbatch_size {size:,}: {needed / fitting.GIB:.2f} GiB of {fitting.bytes_available() / fitting.GIB:.2f}"
+        )
+    if found is None:
+        raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
+    accumulated = found.gradient_accumulation_steps
+    print(f'"microbatch_size": {found.microbatch_size}, "gradient_accumulation_steps": {accumulated}')
+    return command_line.DONE
+
+
+def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Say whether a fresh model can learn the first batch by heart; the run's folder is left alone."""
+    say(describe_devices())
+    loss, steps = math.nan, 0
+    with tqdm(total=overfitting.MOST_STEPS, unit="step", dynamic_ncols=True) as bar:
+        for loss in overfitting.overfit(model_config, config):
+            steps = bar.n
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+    if loss < overfitting.TARGET:
+        say(f"got there: loss {loss:.4f} on the first batch after {steps:,} updates; the model can learn")
+        return command_line.DONE
+    raise RuntimeError(
+        f"did not get there: loss {loss:.4f} on the first batch after {steps:,} updates, expected below "
+        f"{overfitting.TARGET}; look at the targets, the learning rate, the gradients (a model without attention, or "
+        "whose context repeats, cannot tell all of its targets apart)"
+    )
 
 
 def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
@@ -76,7 +121,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
         if stop or code >= command_line.INTERRUPTED:  # also when saving failed then
             return code
         failed |= code != command_line.DONE
-    if any(run.metrics.exists() for run in runs) and not args.check:
+    if any(run.metrics.exists() for run in runs) and not args.instead:
         print(*compare(runs, "tokens", args.run / CHART), sep="\n")
     return command_line.FAILED if failed else command_line.DONE
 
@@ -127,33 +172,38 @@ def train_or_go_on(
     else:
         say(*set_history_aside(training))
         cut_after(training, 0)
+    watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     resume_line = f"uv run train.py {args.run}"
     with listening(
         stop,
         "stopping after this step; a second Ctrl-C leaves at once",
         f"left at once; to go on from the last checkpoint: {resume_line}",
     ):
-        train(training, stop)
+        train(training, stop, watcher)
     if training.global_step == total and not training.lacks_milestone:
         share = training.seconds_paused / training.seconds
         say(f"finished: {training.seconds:,.0f} s of training, {share:.1%} of them waiting for checkpoints")
         return stop.exit_code if stop else command_line.DONE  # in a folder of runs the next one must not start
-    say(f"stopped and saved at step {training.global_step:,} of {total:,}; to go on: {resume_line}")
+    where = (
+        f"and saved at step {training.global_step:,} of {total:,}" if training.global_step else "before the first step"
+    )
+    say(f"stopped {where}; to go on: {resume_line}")
     return stop.exit_code
 
 
-def train(training: Training, stop: StopRequest) -> None:
+def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     """Train to the end of the run or until a stop is asked for, and save the last step either way.
 
     Raises RuntimeError, with everything saved, when too many updates in a row were rejected.
     """
     config, total = training.config, training.total_steps
     seed_key = jax.random.key(config.seed)
-    hashes = parameter_hashes(training.model) if training.global_step == 0 else None
     batch, checksum = place_batch(training)
     in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
     is_stuck = False
     say("compiling the training step")
+    step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
+    say(fitting.check(step, training.model_config, config))
     with (
         Saver(training, lambda: bool(stop)) as saver,
         tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar,
@@ -161,14 +211,13 @@ def train(training: Training, stop: StopRequest) -> None:
         if training.lacks_milestone:
             say(*saver.save(is_milestone=True))
         while training.global_step < total and not stop and not is_stuck:
-            reports = [train_step(training.model, training.optimizer, part, seed_key, config) for part in batch]
+            watcher.before_step(batch, seed_key)
+            reports = [step(training.model, training.optimizer, part, seed_key) for part in batch]
             training.global_step += 1
             in_flight.append((training.global_step, reports, checksum))
             if training.global_step < total:
                 batch, checksum = place_batch(training)  # while the device works on this step
-            if hashes:
-                check_first_update(training, reports, hashes)
-                hashes = None
+            say(*watcher.after_step(reports))
             is_due, is_wanted = at_milestone(training), stop.take_save_request()
             while len(in_flight) > (0 if is_due or is_wanted else 1):
                 is_stuck |= finish_step(training, *in_flight.pop(0), bar)
@@ -179,10 +228,11 @@ def train(training: Training, stop: StopRequest) -> None:
             is_stuck |= finish_step(training, *finished, bar)
         say(*saver.finish(is_milestone=at_milestone(training), prune=not is_stuck))
     if is_stuck:
+        where = f"; {training.last_rejection} says where it fails" if training.last_rejection else ""
         raise RuntimeError(
             f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
-            f"saved at step {training.global_step:,} with the last good parameters: "
-            "go on --from best with a lower learning_rate, or look at the data"
+            f"saved at step {training.global_step:,} with the last good parameters: go on --from best with a lower "
+            f"learning_rate, or look at the data{where}"
         )
 
 
@@ -195,19 +245,11 @@ def finish_step(training: Training, step: int, reports: list[Report], checksum: 
     return record["consecutive_rejections"] >= training.config.max_consecutive_rejections
 
 
-def check_first_update(training: Training, reports: list[Report], hashes: dict[str, str]) -> None:
-    """Compare the first loss with a uniform guess, and see that the first update changed something."""
-    say(first_loss_line(mean_of_calls(jax.device_get(reports)), training.model_config.vocab_size))
-    if not reports[-1]["rejected"]:
-        check_parameters_changed(hashes, parameter_hashes(training.model))
-
-
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(description="Train a run, or go on with it.")
     parser.add_argument(
         "run", nargs="?", type=Path, help="the run's folder, or a folder of runs; without one, list them"
     )
-    parser.add_argument("--check", action="store_true", help="print what the run will be and need, and stop")
     parser.add_argument(
         "--from",
         dest="from_checkpoint",
@@ -215,6 +257,28 @@ def make_parser() -> command_line.ArgumentParser:
         help="go on from this checkpoint: best, latest, or the name of one",
     )
     parser.add_argument("--accept-changes", action="store_true", help="go on although announced keys have changed")
+    parser.add_argument(
+        "--hash-parameters",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print a hash of every parameter, or of those like 'blocks.0.*', after every step; marks unchanged ones",
+    )
+    parser.add_argument(
+        "--debug-checks",
+        action="store_true",
+        help="stop at the first parameter, hidden state, logit, loss or gradient that is not finite, and say where; "
+        "every step then takes more than twice as long",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    for option, function, text in (
+        ("--check", describe, "print what the run will be and need"),
+        ("--overfit-one-batch", overfit_one_batch, "see whether a fresh model can learn the first batch by heart"),
+        ("--find-microbatch", find_microbatch, "find the largest microbatch_size that fits, by compiling"),
+    ):
+        instead.add_argument(
+            option, dest="instead", action="store_const", const=function, help=f"{text}, and stop; writes nothing"
+        )
     return parser
 
 

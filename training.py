@@ -1,12 +1,15 @@
 """A run in progress: what training changes, and what happens to it at a step and at a checkpoint."""
 
+import json
 import statistics
 import time
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -14,8 +17,10 @@ import metrics
 import samples
 from config import ModelConfig, TrainConfig, tokens_per_global_step
 from data import Batch, TokenStream
+from inspection import describe_rejection
 from model import GPTModel
 from run_directory import RunDirectory
+from weights import named_arrays
 
 RECENT = 20  # steps over which tokens per second is taken
 Report = dict[str, Any]  # of one compiled call, on the device
@@ -44,6 +49,7 @@ class Training:
     started: float = field(default_factory=time.monotonic)
     records: list[metrics.Record] = field(default_factory=list)
 
+    last_rejection: Path | None = None  # where it is described
     num_written: int = 0  # of the records, how many are in metrics.jsonl
     is_behind: bool = False  # the last attempt to write them failed
     last_collected: float = field(default_factory=time.monotonic)
@@ -79,6 +85,23 @@ def cut_after(training: Training, global_step: int) -> None:
     training.records = metrics.cut_after(training.run.metrics, global_step)
     training.num_written = len(training.records)
     samples.cut_after(training.run.samples, global_step)
+    for step, path in training.run.rejections().items():
+        if step > global_step:
+            path.unlink(missing_ok=True)
+
+
+def note_rejection(training: Training, step: int, evidence: list[dict[str, np.ndarray]]) -> Path | None:
+    """Write down what is known of a rejected update; None when that cannot be written."""
+    parameters = named_arrays(nnx.state(training.model, nnx.Param))
+    bad_parameters = [name for name, array in parameters.items() if not jnp.isfinite(array).all()]
+    positions_KB = training.config.start_train_token + training.train_stream.positions(step - 1)
+    known = describe_rejection(step, list(parameters), evidence, bad_parameters, positions_KB)
+    path = training.run.rejected(step)
+    try:
+        path.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
+    except OSError:  # a full disk must not end the training
+        return None
+    return path
 
 
 def set_history_aside(training: Training) -> list[str]:
@@ -117,9 +140,10 @@ def mean_of_calls(reports: list[Report]) -> float:
 
 
 def collect(training: Training, step: int, reports: list[Report], data_crc32: int) -> metrics.Record:
-    """Wait for a step's reports and add its record."""
+    """Wait for a step's reports and add its record; write down what is known when its update was rejected."""
     host_reports = jax.device_get(reports)
     now = time.monotonic()
+    evidence = [report.pop("evidence") for report in host_reports]
     record: metrics.Record = {
         "global_step": step,
         **{name: value.item() for name, value in host_reports[-1].items()},
@@ -132,6 +156,8 @@ def collect(training: Training, step: int, reports: list[Report], data_crc32: in
     if training.paused:
         record["checkpoint_seconds"] = round(training.paused, 4)
         training.paused = 0.0
+    if record["rejected"]:
+        training.last_rejection = note_rejection(training, step, evidence) or training.last_rejection
     training.last_collected = now
     training.records.append(record)
     return record

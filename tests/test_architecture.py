@@ -11,10 +11,10 @@ FLOORS = [
         "command_line config interruption mesh metrics run_directory tensor_files tokenizer",
         "builtin_data charts data drift loss model optimizer samples weights",
         "dataset_sources inspection preflight steps",
-        "checkpointing evaluation generation",
+        "checkpointing debug_checks evaluation fitting generation overfitting",
         "comparison saved_model training",
-        "saving starting",
-        "compare_runs prove_resume test_a_to_a test_generation train",
+        "saving starting watching",
+        "compare_runs inspect_checkpoint prove_resume test_a_to_a test_generation train",
     )
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

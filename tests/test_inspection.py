@@ -4,11 +4,19 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT, TINY_MODEL, tiny_model
 from flax import nnx
 
-from inspection import check_parameters_changed, first_loss_line, parameter_hashes
+from inspection import (
+    array_table,
+    check_parameters_changed,
+    first_loss_line,
+    hash_line,
+    matching,
+    parameter_hashes,
+)
 
 PRINT_HASHES = """
 import json, sys
@@ -75,3 +83,56 @@ def test_the_first_loss_is_compared_with_a_uniform_guess(loss, warns):
     line = first_loss_line(loss, 50257)
     assert ("WARNING" in line) == warns
     assert f"{loss:.4f}" in line and "10.8249" in line and "50,257" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [(12.0, "a loss that is a sum"), (1.0, "targets that are the inputs"), (math.nan, "rejected-1.json")],
+)
+def test_a_first_loss_that_is_off_comes_with_likely_causes(loss, cause):
+    assert cause in first_loss_line(loss, 50257).partition("likely causes: ")[2]
+
+
+def test_a_rejected_first_update_may_change_nothing():
+    check_parameters_changed({"a": "1"}, {"a": "1"}, rejected=True)
+
+
+def test_a_line_of_hashes_marks_what_did_not_change():
+    before, after = {"a": "1", "b": "2"}, {"a": "1", "b": "3"}
+    assert hash_line(1200, before, after) == "step 1,200: a 1 (unchanged), b 3"
+
+
+def test_a_pattern_picks_hashes_by_name():
+    hashes = {"blocks.0.a": "1", "blocks.1.a": "2", "head": "3"}
+    assert matching(hashes, "blocks.*") == {"blocks.0.a": "1", "blocks.1.a": "2"}
+    assert matching(hashes, "*") == hashes
+    with pytest.raises(ValueError, match=r"no parameter matches 'x'; there are: blocks\.0\.a, blocks\.1\.a, head"):
+        matching(hashes, "x")
+
+
+# The table of arrays
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_holds_what_a_hand_computes():
+    arrays = {"b": np.array([[3.0, 0.0], [4.0, np.nan]], np.float32), "a": np.float32(2.0)}
+    names, _, *rows = map(cells, array_table(arrays))
+    assert names == ["parameter", "shape", "norm", "mean", "deviation", "zeros", "not finite"]
+    assert rows[0] == ["a", "scalar", "2", "2", "0", "0.00%", "0"]
+    assert rows[1] == ["b", "2 × 2", "5", "2.333", "1.7", "25.00%", "1"]
+
+
+def test_two_checkpoints_side_by_side_show_the_relative_change_of_each():
+    old = {"same": np.ones(2), "moved": np.array([3.0, 4.0]), "gone": np.ones(1), "resized": np.ones(2)}
+    new = {"same": np.ones(2), "moved": np.array([3.0, 4.5]), "new": np.ones(1), "resized": np.ones(3)}
+    changes = {row[0]: row[-1] for row in map(cells, array_table(old, new)[2:])}
+    expected = {"same": "0", "moved": "0.1", "gone": "only in one", "new": "only in one", "resized": "other shape"}
+    assert changes == expected
+
+
+def test_blocks_come_in_the_order_of_their_numbers():
+    names = [f"blocks.{number}.kernel" for number in (0, 2, 10)] + ["head"]
+    assert [cells(row)[0] for row in array_table({name: np.ones(1) for name in reversed(names)})[2:]] == names

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 import charts
 import checkpointing
 import comparison
-import evaluation
 import metrics
 import saving
+import steps
 import train as train_program
 from checkpointing import find_checkpoints, verify
 from run_directory import RunDirectory
@@ -69,22 +69,35 @@ def on_call(monkeypatch, owner, name, number, action):
     monkeypatch.setattr(owner, name, wrapper)
 
 
+def on_step(monkeypatch, name, number, action):
+    """Before the `number`th call of a compiled step of that name, do something."""
+    original, calls = steps.Compiled.__call__, 0
+
+    def wrapper(compiled, *args):
+        nonlocal calls
+        calls += compiled._name == name
+        if calls == number and compiled._name == name:
+            action()
+        return original(compiled, *args)
+
+    monkeypatch.setattr(steps.Compiled, "__call__", wrapper)
+
+
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(0.1)  # the listener is a thread
 
 
 PHASES = {  # what is called then, which call of it, changes to train.json, the step that is saved
-    "compiling": (train_program, "train_step", 1, {}, 1),
-    "stepping": (train_program, "train_step", 3, {}, 3),
-    "between microbatches": (train_program, "train_step", 6, {"microbatches_per_call": 1}, 2),
-    "validating": (evaluation, "eval_step", 1, {}, 5),
+    "stepping": (None, "training step", 3, {}, 3),
+    "between microbatches": (None, "training step", 6, {"microbatches_per_call": 1}, 2),
+    "validating": (None, "evaluation step", 1, {}, 5),
     "sampling": (saving, "sample", 1, {}, 5),
     "copying": (checkpointing, "copy_to_host", 1, {}, 5),
     "saving": (checkpointing, "_write", 1, {}, None),
     "pruning": (checkpointing, "prune", 1, {}, None),
     "drawing charts": (charts, "draw_loss", 1, {}, None),
-    "validating at the end": (evaluation, "eval_step", 5, {}, 12),
+    "validating at the end": (None, "evaluation step", 5, {}, 12),
     "saving at the end": (checkpointing, "_write", 3, {}, None),
 }
 
@@ -97,7 +110,8 @@ def test_a_signal_in_any_phase_saves_and_the_resumed_run_is_the_undisturbed_one(
     owner, name, call, changes, saved_step = PHASES[phase]
     run = make_run(train=changes)
     with monkeypatch.context() as patches:
-        on_call(patches, owner, name, call, lambda: send(number))
+        before = partial(on_call, patches, owner) if owner else partial(on_step, patches)
+        before(name, call, lambda: send(number))
         finished = train(run)
     assert finished.returncode == code, finished.stderr
     newest = find_checkpoints(run / "checkpoints")[-1]
@@ -114,10 +128,25 @@ def test_a_signal_in_any_phase_saves_and_the_resumed_run_is_the_undisturbed_one(
     assert "finished: step 12 of 12" in train(run).stdout
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_while_compiling_ends_a_run_that_has_nothing_to_save_yet(
+    train, make_run, monkeypatch, alone, number, code
+):
+    run = make_run()
+    with monkeypatch.context() as patches:
+        on_call(patches, train_program, "compile_train_step", 1, lambda: send(number))
+        finished = train(run)
+    assert finished.returncode == code, finished.stderr
+    assert "stopped before the first step; to go on: uv run" in finished.stdout
+    assert find_checkpoints(run / "checkpoints") == []
+    assert train(run).returncode == 0
+    assert_same(alone, final_state(run))
+
+
 def test_validation_that_was_broken_off_is_made_up_for(train, make_run, monkeypatch):
     run = make_run()
     with monkeypatch.context() as patches:
-        on_call(patches, evaluation, "eval_step", 1, lambda: send(signal.SIGINT))
+        on_step(patches, "evaluation step", 1, lambda: send(signal.SIGINT))
         assert train(run).returncode == 130
     [interrupted] = find_checkpoints(run / "checkpoints")
     assert interrupted.meta["val_loss"] is None and not interrupted.is_best
@@ -128,7 +157,7 @@ def test_validation_that_was_broken_off_is_made_up_for(train, make_run, monkeypa
 
 def test_sigusr1_saves_and_goes_on(train, make_run, monkeypatch, alone):
     run = make_run(train={"keep_checkpoints": None})
-    on_call(monkeypatch, train_program, "train_step", 3, lambda: send(signal.SIGUSR1))
+    on_step(monkeypatch, "training step", 3, lambda: send(signal.SIGUSR1))
     assert train(run).returncode == 0
     assert [c.global_step for c in find_checkpoints(run / "checkpoints")] == [3, 5, 10, 12]
     assert_same(alone, final_state(run))
@@ -273,7 +302,7 @@ def test_saves_that_go_on_failing_are_one_error_and_what_was_committed_stays(
     with monkeypatch.context() as patches:
         patches.setattr(checkpointing, "_write", write_once)
         if disturbed == "at the stop":
-            on_call(patches, train_program, "train_step", 3, lambda: send(signal.SIGINT))
+            on_step(patches, "training step", 3, lambda: send(signal.SIGINT))
         line = complaint(train(run), code=1)
     assert "could not be saved" in line and "No space left on device" in line and "goes on from step 2" in line
     assert [c.global_step for c in find_checkpoints(run / "checkpoints")] == [2]

@@ -9,7 +9,7 @@ from flax import nnx
 from data import TokenStream
 from loss import cross_entropy
 from optimizer import make_optimizer
-from steps import eval_step, mean_gradient, train_step
+from steps import compile_train_step, eval_step, mean_gradient, train_step
 
 K, B = 4, 2
 SEED_KEY = jax.random.key(7)
@@ -42,7 +42,7 @@ def test_accumulating_k_microbatches_is_one_batch_k_times_as_large():
     [small], [large] = stream(K, B).calls(3), stream(1, K * B).calls(3)
     gradient = nnx.jit(mean_gradient)
     chex.assert_trees_all_close(
-        gradient(model, small, SEED_KEY), gradient(model, large, SEED_KEY), rtol=1e-4, atol=1e-7
+        gradient(model, small, SEED_KEY)[:2], gradient(model, large, SEED_KEY)[:2], rtol=1e-4, atol=1e-7
     )
 
 
@@ -65,8 +65,10 @@ def test_the_gradient_is_that_of_the_mean_loss():
         return jnp.mean(jnp.array([cross_entropy(model(x), y) for x, y in zip(inputs_KBT, targets_KBT, strict=True)]))
 
     expected_loss, expected = nnx.jit(nnx.value_and_grad(mean_loss))(model)
-    loss, grads = nnx.jit(mean_gradient)(model, *stream().calls(0), SEED_KEY)
+    loss, grads, losses_A = nnx.jit(mean_gradient)(model, *stream().calls(0), SEED_KEY)
     assert loss == pytest.approx(float(expected_loss), rel=1e-6)
+    one_by_one = [cross_entropy(logits(model, x), y) for x, y in zip(inputs_KBT, targets_KBT, strict=True)]
+    np.testing.assert_allclose(losses_A, one_by_one, rtol=1e-6)
     chex.assert_trees_all_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected), rtol=1e-4, atol=1e-7)
 
 
@@ -78,6 +80,57 @@ def test_a_step_is_traced_once():
     for step in range(2):
         for call in stream().calls(step, K):
             counted(model, optimizer, call, SEED_KEY, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda batch: batch._replace(inputs=batch.inputs[:, :1]),
+            r"'batch.inputs' .*uint16\[4,2,16\].*uint16\[4,1,16\]",
+        ),
+        (
+            lambda batch: batch._replace(targets=batch.targets.astype("int32")),
+            r"'batch.targets' .*uint16.*int32\[4,2,16\]",
+        ),
+    ],
+)
+def test_arguments_of_another_form_are_named_and_change_nothing(change, named):
+    config, model = tiny_train_config(), tiny_model()
+    optimizer = make_optimizer(model, config, total_steps=20)
+    [first], [second] = stream().calls(0), stream().calls(1)
+    compiled = compile_train_step(model, optimizer, first, SEED_KEY, config)
+    compiled(model, optimizer, first, SEED_KEY)
+    before = parameters(model)
+    with pytest.raises(RuntimeError, match=f"training step would have to be compiled a second time: .*{named}"):
+        compiled(model, optimizer, change(second), SEED_KEY)
+    chex.assert_trees_all_equal(parameters(model), before)
+    assert np.isfinite(compiled(model, optimizer, second, SEED_KEY)["loss"])
+
+
+def test_the_bytes_needed_hold_at_least_the_arguments():
+    config, model = tiny_train_config(), tiny_model()
+    optimizer = make_optimizer(model, config, total_steps=20)
+    compiled = compile_train_step(model, optimizer, *stream().calls(0), SEED_KEY, config)
+    state = sum(array.nbytes for array in jax.tree.leaves(nnx.state((model, optimizer))) if hasattr(array, "nbytes"))
+    assert 3 * sum(array.nbytes for array in parameters(model).values()) < compiled.bytes_needed
+    assert state < compiled.bytes_needed < 100 * state
+
+
+@pytest.mark.parametrize("per_call", [K, 1])
+def test_the_evidence_tells_losses_and_gradients_apart(per_call):
+    config, model = tiny_train_config(microbatches_per_call=per_call), tiny_model()
+    optimizer = make_optimizer(model, config, total_steps=20)
+    names = list(parameters(model))
+    calls = stream().calls(0, config.calls_per_step)
+    reports = [train_step(model, optimizer, call, SEED_KEY, config) for call in calls]
+    evidence = [report["evidence"] for report in reports]
+    losses = np.concatenate([part["losses"] for part in evidence])
+    assert losses.shape == (K,) and np.mean(losses) == pytest.approx(np.mean([r["loss"] for r in reports]))
+    assert all(part["gradients_finite"].all() and part["gradient_norms"].shape == (len(names),) for part in evidence)
+    if per_call == K:
+        norm = np.linalg.norm(evidence[0]["gradient_norms"])
+        assert norm == pytest.approx(float(reports[0]["gradient_norm"]), rel=1e-6)
 
 
 def test_dropout_differs_between_steps_and_microbatches_and_repeats_with_them():

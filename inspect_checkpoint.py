@@ -1,0 +1,46 @@
+"""Look at the parameters of a checkpoint, or at two side by side: `uv run inspect_checkpoint.py runs/NAME`."""
+
+import argparse
+from pathlib import Path
+
+import command_line
+from checkpointing import MODEL_FILE, verify_alone
+from inspection import array_table
+from run_directory import RunDirectory
+from weights import load_weights
+
+
+def main(args: argparse.Namespace) -> int:
+    if len(args.paths) > 2:
+        raise ValueError(f"expected one path or two, got {len(args.paths)}")
+    files = [find_weights(path) for path in args.paths]
+    tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
+    for file in files:
+        verify_alone(file)
+    print(*files, "", *array_table(*tables), sep="\n")
+    return command_line.DONE
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weights file of a run (its newest checkpoint's), of a checkpoint, or the file itself."""
+    for candidate in (path / MODEL_FILE, RunDirectory(path).checkpoints / "latest" / MODEL_FILE):
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a checkpoint, a run that has one, or a {MODEL_FILE}")
+    return path
+
+
+def make_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser(
+        "Print a table of the parameters of a checkpoint: shape, norm, mean, deviation, zeros, what is not finite. "
+        "Of two checkpoints, the first one's, and how far the second one's are from them, relative to their norm."
+    )
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="a run, a checkpoint, or a model.safetensors; at most two"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

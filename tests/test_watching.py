@@ -1,0 +1,169 @@
+"""What looks on while a run trains: hashes, updates that change nothing, rejected updates and their descriptions."""
+
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
+from flax import nnx
+from safetensors.numpy import save_file
+
+import starting
+import steps
+import train as train_program
+from checkpointing import find_checkpoints
+from inspection import parameter_hashes
+from saved_model import load_saved_model
+
+RARE = 100  # a token that stands at one place alone
+STEP, MICROBATCH, SEQUENCE = 3, 2, 1  # there, the step from 1
+FIRST_TOKEN = CONTEXT_LENGTH * (((STEP - 1) * 4 + MICROBATCH) * 2 + SEQUENCE)
+
+
+@pytest.fixture
+def train(call_program):
+    return partial(call_program, "train")
+
+
+@pytest.fixture
+def rare_run(make_run, token_folder):
+    """Make a run in whose tokens `RARE` stands in one sequence, read in the order of the file."""
+    tokens = random_tokens(2000) % RARE
+    tokens[FIRST_TOKEN + 5] = RARE
+    save_file({"tokens": tokens}, token_folder / "train.safetensors")
+    return lambda **train: make_run(train={"shuffle": False, "checkpoint_interval": 100} | train)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Let every new model have an embedding of `RARE` that is not finite."""
+
+    def create(*arguments):
+        model = steps_create(*arguments)
+        model.token_embedding.embedding[RARE] = np.nan
+        return model
+
+    steps_create = starting.create_model
+    monkeypatch.setattr(starting, "create_model", create)
+
+
+def hash_lines(output):
+    return re.findall(r"  step (\d+): ((?:\S+ [0-9a-f]{16}(?: \(unchanged\))?(?:, )?)+)$", output, re.M)
+
+
+def test_an_update_that_changes_nothing_stops_the_run(train, make_run, monkeypatch):
+    class Lost(steps.Compiled):
+        """A step that updates copies, as a mutating one does under jax.jit."""
+
+        def __call__(self, model, optimizer, *rest):
+            graph, state = nnx.split((model, optimizer))
+            return super().__call__(*nnx.merge(graph, jax.tree.map(jnp.copy, state)), *rest)
+
+    monkeypatch.setattr(steps, "Compiled", Lost)
+    line = complaint(train(make_run()), code=1)
+    assert "changed no parameter" in line and "jax.jit instead of nnx.jit" in line and "learning_rate 0" in line
+
+
+def test_hashes_after_every_step_are_those_of_what_is_saved(train, make_run):
+    run = make_run(train={"keep_checkpoints": None})
+    lines = dict(hash_lines(train(run, "--hash-parameters").stdout))
+    assert list(map(int, lines)) == list(range(1, 13))
+    for checkpoint in find_checkpoints(run / "checkpoints"):
+        hashes = parameter_hashes(load_saved_model(checkpoint.path / "model.safetensors"))
+        assert lines[str(checkpoint.global_step)] == ", ".join(f"{name} {digest}" for name, digest in hashes.items())
+
+
+def test_a_pattern_limits_them_and_what_is_rejected_is_unchanged(train, rare_run, poisoned):
+    finished = train(rare_run(), "--hash-parameters", "output_norm.*")
+    lines = dict(hash_lines(finished.stdout))
+    assert len(lines) == 12
+    assert all(
+        re.findall(r"[a-z_]+\.[a-z]+", line) == ["output_norm.bias", "output_norm.scale"] for line in lines.values()
+    )
+    assert [int(step) for step, line in lines.items() if line.count("(unchanged)") == 2] == [STEP]
+
+
+def test_a_pattern_that_matches_nothing_is_one_line(train, make_run):
+    assert "no parameter matches 'wte'" in complaint(train(make_run(), "--hash-parameters", "wte"))
+
+
+@pytest.mark.parametrize("per_call", [None, 1])
+def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
+    run = rare_run(microbatches_per_call=per_call)
+    assert train(run).returncode == 0
+    assert [path.name for path in run.glob("rejected-*")] == [f"rejected-{STEP}.json"]
+    known = json.loads((run / f"rejected-{STEP}.json").read_text())
+    assert known["global_step"] == STEP
+    assert known["first_loss_not_finite"] == MICROBATCH
+    assert [microbatch["loss"] is None for microbatch in known["microbatches"]] == [i == MICROBATCH for i in range(4)]
+    assert known["microbatches"][MICROBATCH]["first_tokens"][SEQUENCE] == FIRST_TOKEN
+    assert known["parameters_not_finite"] == ["token_embedding.embedding"]
+    norms = known["gradient_norms_of_each_call"]
+    assert known["first_gradient_not_finite"] == next(iter(norms)) and len(norms) == 16
+    bad_calls = [MICROBATCH] if per_call else [0]
+    assert [i for i, norm in enumerate(norms["head.embedding"]) if norm is None] == bad_calls
+
+
+def test_positions_count_from_the_start_of_the_file(train, rare_run, poisoned):
+    run = rare_run(start_train_token=CONTEXT_LENGTH * 8)  # one step fewer
+    assert train(run).returncode == 0
+    [path] = run.glob("rejected-*")
+    known = json.loads(path.read_text())
+    assert known["global_step"] == STEP - 1
+    assert known["microbatches"][MICROBATCH]["first_tokens"][SEQUENCE] == FIRST_TOKEN
+
+
+def test_descriptions_of_steps_that_are_done_again_are_dropped(train, make_run):
+    run = make_run()
+    assert train(run).returncode == 0
+    for name in ("rejected-5.json", "rejected-6.json", "rejected-12.json", "rejected-x.json"):
+        (run / name).write_text("{}")
+    assert train(run, "--from", find_checkpoints(run / "checkpoints")[0].path.name).returncode == 0
+    assert {path.name for path in run.glob("rejected-*")} == {"rejected-5.json", "rejected-x.json"}
+
+
+def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, poisoned):
+    monkeypatch.setattr(starting, "create_model", partial(all_poisoned, starting.create_model))
+    run = make_run(train={"max_consecutive_rejections": 3})
+    line = complaint(train(run), code=1)
+    assert f"{run / 'rejected-'}" in line and "says where it fails" in line
+
+
+def all_poisoned(create, *arguments):
+    model = create(*arguments)
+    model.output_norm.scale[...] = np.full(TINY_MODEL["emb_dim"], np.nan)
+    return model
+
+
+@pytest.mark.parametrize("flags", [["--hash-parameters"], ["--debug-checks"]])
+def test_the_compiled_step_is_the_same_with_and_without_flags(train, make_run, monkeypatch, flags):
+    texts = []
+
+    def compile_and_keep(*arguments):
+        compiled = steps.compile_train_step(*arguments)
+        texts.append(compiled._compiled.as_text())
+        return compiled
+
+    monkeypatch.setattr(train_program, "compile_train_step", compile_and_keep)
+    assert train(make_run("plain")).returncode == 0
+    assert train(make_run("watched"), *flags).returncode == 0
+    plain, watched = texts
+    assert plain == watched
+
+
+def test_each_step_is_traced_once_in_a_run(train, make_run, monkeypatch):
+    traces = []
+    loss = steps.model_loss
+
+    def counted(model, inputs, *arguments):
+        traces.append(inputs.shape)
+        return loss(model, inputs, *arguments)
+
+    jax.clear_caches()
+    monkeypatch.setattr(steps, "model_loss", counted)
+    assert train(make_run()).returncode == 0
+    assert len(traces) == 2
