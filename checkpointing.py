@@ -8,7 +8,6 @@ checkpoint's name is complete unless the disk has damaged it, and the manifest s
 import calendar
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 from safetensors.numpy import save_file
 
+import manifest
 from config import read_json
 from weights import check_forms, host_arrays, load_weights, match
 
@@ -33,7 +33,7 @@ TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 STAGING, DAMAGED = ".staging-", "damaged-"
 SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
 NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
-MODEL_FILE, OPTIMIZER_FOLDER, META_FILE, MANIFEST_FILE = "model.safetensors", "optimizer", "meta.json", "manifest.json"
+MODEL_FILE, OPTIMIZER_FOLDER, META_FILE = "model.safetensors", "optimizer", "meta.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -173,47 +173,14 @@ def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str)
     optimizer: Any = state.optimizer
     ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
     (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
-    manifest = {file: _describe(folder / file) for file in _files(folder)}
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    manifest.write(folder)
     _sync_tree(folder)
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """Compare every file with the manifest. Raises ValueError that names the first bad file."""
-    path = checkpoint.path
-    try:
-        found = set(_files(path))
-        manifest = read_json(path / MANIFEST_FILE)
-        expected = {file: (entry["size"], entry["sha256"]) for file, entry in manifest.items()}
-    except (OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be listed ({type(error).__name__})") from error
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"{path / MANIFEST_FILE}: expected size and sha256 of every file, got something else"
-        ) from None
-    for file in found | expected.keys():
-        if not file.isprintable() or len(file) > 1000:
-            raise ValueError(f"{path}: expected files of plain names, got {file[:100]!r}")
-    for file in sorted(found):
-        if (path / file).is_symlink() or not (path / file).is_file():  # reading a pipe would wait for its writer
-            raise ValueError(f"{path / file}: is a link or a device, expected a plain file")
-    for file in sorted((found - {MANIFEST_FILE}) ^ expected.keys()):
-        raise ValueError(f"{path / file}: {'missing' if file in expected else 'not in the manifest'}")
-    for file, (size, digest) in expected.items():
-        try:
-            is_whole = (path / file).stat().st_size == size and _describe(path / file)["sha256"] == digest
-        except OSError as error:
-            raise ValueError(f"{path / file}: unreadable ({error.strerror})") from error
-        if not is_whole:
-            raise ValueError(f"{path / file}: content differs from the manifest")
+    manifest.check(checkpoint.path)
     _ = checkpoint.meta  # raises when the whole folder is a copy of another checkpoint's
-
-
-def verify_alone(path: Path) -> None:
-    """Compare one file with the manifest beside it, where there is one. Raises ValueError when they differ."""
-    manifest = path.with_name(MANIFEST_FILE)
-    if manifest.exists() and read_json(manifest).get(path.name) != _describe(path):
-        raise ValueError(f"{path}: content differs from the manifest; use an earlier checkpoint")
 
 
 def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
@@ -287,15 +254,6 @@ def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
         newest = time.strptime(checkpoints[-1].path.name[:16], TIME_FORMAT)
         seconds = max(seconds, calendar.timegm(newest) + 1)
     return f"{time.strftime(TIME_FORMAT, time.gmtime(seconds))}-iteration-{global_step}"
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 import command_line
-from checkpointing import MODEL_FILE, verify_alone
+import manifest
+from checkpointing import MODEL_FILE
 from inspection import array_table
 from run_directory import RunDirectory
 from weights import load_weights
@@ -16,7 +17,7 @@ def main(args: argparse.Namespace) -> int:
     files = [find_weights(path) for path in args.paths]
     tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
     for file in files:
-        verify_alone(file)
+        manifest.check_alone(file)
     print(*files, "", *array_table(*tables), sep="\n")
     return command_line.DONE
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from checkpointing import verify_alone
+import manifest
 from config import MEMORY_BYTES, ModelConfig, parse_config
 from model import GPTModel
 from weights import load_model, load_weights, read_model_json
@@ -23,7 +23,7 @@ def load_saved_model(path: Path) -> GPTModel:
         raise ValueError(f"{path}: expected at most {MEMORY_BYTES:,} bytes, this machine's memory, got more")
     model = _without_arrays(config)
     load_model(path, model)
-    verify_alone(path)
+    manifest.check_alone(path)
     return model
 
 

@@ -42,6 +42,8 @@ RUNS = Path("runs")
 def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where there is nothing to save yet, it must not kill
     if args.run is None:
+        if args.hash_parameters:  # which would take the run's folder for its pattern
+            raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
         return list_runs()
     run = RunDirectory(args.run)
     run.check()
@@ -54,15 +56,15 @@ def main(args: argparse.Namespace) -> int:
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
     model_config = load_config(run.model_config, ModelConfig)
     config = load_config(run.train_config, TrainConfig)
-    if args.instead:
-        return args.instead(run, model_config, config)
-    with run.lock():
-        try:
+    try:
+        if args.instead:
+            return args.instead(run, model_config, config)
+        with run.lock():
             return train_or_go_on(run, model_config, config, args, stop)
-        except Exception as error:
-            if not command_line.is_out_of_memory(error):
-                raise
-            raise ValueError(fitting.advice(model_config, config)) from error
+    except Exception as error:
+        if not command_line.is_out_of_memory(error):
+            raise
+        raise ValueError(fitting.advice(model_config, config)) from error
 
 
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:

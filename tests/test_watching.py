@@ -91,6 +91,10 @@ def test_a_pattern_that_matches_nothing_is_one_line(train, make_run):
     assert "no parameter matches 'wte'" in complaint(train(make_run(), "--hash-parameters", "wte"))
 
 
+def test_a_run_that_was_taken_for_a_pattern_is_one_line(train, make_run):
+    assert "expected the run before --hash-parameters" in complaint(train("--hash-parameters", make_run()))
+
+
 @pytest.mark.parametrize("per_call", [None, 1])
 def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
     run = rare_run(microbatches_per_call=per_call)
