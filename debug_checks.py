@@ -16,23 +16,23 @@ from flax import nnx
 
 from data import Batch
 from model import GPTModel
-from steps import dropout_rngs, model_loss
+from steps import model_loss, rngs_of
 from weights import named_arrays
 
 PLACE = re.compile(r"«(.*)»")
 
 
-def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], None]:
+def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str | None]:
     """Build the checks for models of this form; they take the model, a batch and the run's seed key.
 
-    They raise RuntimeError that names the global step, the microbatch and the first place where something is not
+    They return None, or a line that names the global step, the microbatch and the first place where something is not
     finite: parameters, hidden states after every stage, logits, the loss, gradients, in this order.
     """
     graph = nnx.graphdef(model)
     logging.getLogger("absl").addFilter(_is_not_about_statuses)
     checked = chex.chexify(jax.jit(partial(_check_microbatch, graph)), async_check=False)
 
-    def check(model: GPTModel, batch: Batch, seed_key: jax.Array) -> None:
+    def check(model: GPTModel, batch: Batch, seed_key: jax.Array) -> str | None:
         params = nnx.state(model)
         global_step, first = (int(number) for number in batch.position)
         for number, (inputs_BT, targets_BT) in enumerate(zip(batch.inputs, batch.targets), start=first):
@@ -41,7 +41,8 @@ def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], None]
             except AssertionError as error:
                 place = PLACE.search(str(error))
                 where = f"global step {global_step + 1:,}, microbatch {number}: {place[1] if place else error}"
-                raise RuntimeError(f"{where}: not finite") from None
+                return f"{where}: not finite"
+        return None
 
     return check
 
@@ -61,7 +62,7 @@ def _check_microbatch(
     number: jax.Array,
 ) -> None:
     def rngs() -> nnx.Rngs:
-        return dropout_rngs(seed_key, global_step, number)
+        return rngs_of(seed_key, global_step, number)
 
     for name, array in named_arrays(params).items():
         _check(array, f"parameter {name}")

@@ -14,18 +14,21 @@ from metrics import finite
 from weights import named_arrays
 
 
-def parameter_hashes(model: nnx.Module) -> dict[str, str]:
-    """Hash every parameter: dot-joined name → 16 hex digits of BLAKE2, the same on every machine."""
-    arrays = jax.device_get(named_arrays(nnx.state(model, nnx.Param)))
+def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
+    """Hash every parameter that a shell's pattern matches: dot-joined name → 16 hex digits of BLAKE2.
+
+    The hashes are the same on every machine. Raises ValueError when the pattern matches nothing.
+    """
+    arrays = jax.device_get(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
     return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 
-def matching(hashes: Mapping[str, str], pattern: str) -> dict[str, str]:
-    """Return the hashes of the parameters that a shell's pattern matches. Raises ValueError when it matches none."""
-    names = fnmatch.filter(hashes, pattern)
+def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    """Return what a shell's pattern matches, by name. Raises ValueError when that is nothing."""
+    names = fnmatch.filter(by_name, pattern)
     if not names:
-        raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(hashes)[:500]}")
-    return {name: hashes[name] for name in names}
+        raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(by_name)[:500]}")
+    return {name: by_name[name] for name in names}
 
 
 def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, str]) -> str:
@@ -34,12 +37,12 @@ def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, s
     return f"step {global_step:,}: {', '.join(shown)}"
 
 
-def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], *, rejected: bool = False) -> None:
-    """Raise RuntimeError when no parameter differs between two sets of hashes, unless the update was rejected."""
-    if before == after and not rejected:
+def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Raise RuntimeError when no parameter differs between two sets of hashes."""
+    if before == after:
         raise RuntimeError(
             "the first update changed no parameter; usual causes: a mutating step under jax.jit instead of nnx.jit, "
-            "learning_rate 0 or too small for float32, every update rejected, gradients that are all zero"
+            "learning_rate 0 or too small for float32, gradients that are all zero"
         )
 
 

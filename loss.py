@@ -24,6 +24,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
     Takes logits (…, V) and target ids (…) of any integer type, each below V. Returns a scalar.
     """
+    chex.assert_type(targets_BT, int, custom_message="target ids")
     chex.assert_shape(targets_BT, logits_BTV.shape[:-1], custom_message="target ids, against logits")
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1]).astype(jnp.float32)
     targets = targets_BT.reshape(-1).astype(jnp.int32)
@@ -43,6 +44,7 @@ def fused_cross_entropy(
     are computed in `dtype`; their sums, the log-sum-exp, the loss and the head's gradient are float32.
     Returns a scalar.
     """
+    chex.assert_type(targets_BT, int, custom_message="target ids")
     chex.assert_shape(targets_BT, hidden_BTD.shape[:-1], custom_message="target ids, against hidden states")
     chex.assert_shape(head_VD, (None, hidden_BTD.shape[-1]), custom_message="the output head, against hidden states")
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])

@@ -1,5 +1,6 @@
 """The classic check of a new model: whether it can learn one batch by heart."""
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,21 +16,25 @@ TARGET = 0.05  # nats
 MOST_STEPS = 1_000
 
 
-def overfit(model_config: ModelConfig, config: TrainConfig) -> Iterator[float]:
-    """Train a fresh model on the first global step's batch alone, without dropout; yield the loss before each update.
+def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int) -> Iterator[float]:
+    """Train a fresh model on the run's first microbatch alone, without dropout; yield the loss before each update.
 
-    Ends when the loss is below `TARGET`, or after `MOST_STEPS`, over which the learning rate takes its usual course.
-    Nothing is written.
+    Ends when the loss is below `TARGET` or not finite, or after `MOST_STEPS`, over which the learning rate takes its
+    usual course. Nothing is written.
     """
-    config = config.model_copy(update={"drop_rate": 0.0})
-    stream, _ = open_streams(dataset_folder(config.dataset, fetch=True), model_config, config, steps_per_epoch=1)
+    changes = {"drop_rate": 0.0, "val_tokens": 0}
+    folder = dataset_folder(config.dataset, fetch=True)
+    stream, _ = open_streams(folder, model_config, config.model_copy(update=changes), steps_per_epoch)
+    changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None}
+    config = config.model_copy(update=changes)
     model = create_model(model_config, config.seed, config.drop_rate, config.precision)
     optimizer = make_optimizer(model, config, MOST_STEPS)
-    calls, key = jax.device_put(stream.calls(0, config.calls_per_step)), jax.random.key(config.seed)
-    step = compile_train_step(model, optimizer, calls[0], key, config)
+    [first] = stream.calls(0)
+    batch = jax.device_put(first._replace(inputs=first.inputs[:1], targets=first.targets[:1]))
+    key = jax.random.key(config.seed)
+    step = compile_train_step(model, optimizer, batch, key, config)
     for _ in range(MOST_STEPS):
-        losses = jax.device_get([step(model, optimizer, call, key)["loss"] for call in calls])
-        loss = sum(map(float, losses)) / len(losses)
+        loss = float(step(model, optimizer, batch, key)["loss"])
         yield loss
-        if loss < TARGET:
+        if not TARGET <= loss < math.inf:
             return

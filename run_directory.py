@@ -56,13 +56,6 @@ class RunDirectory:
         """Where what is known of a rejected update goes."""
         return self.path / f"rejected-{global_step}.json"
 
-    def rejections(self) -> dict[int, Path]:
-        """Find what is there of rejected updates, by global step."""
-        found = {
-            path: re.fullmatch(r"rejected-(\d{1,18})\.json", path.name) for path in self.path.glob("rejected-*.json")
-        }
-        return {int(match[1]): path for path, match in found.items() if match}
-
     def check(self) -> None:
         """Raise ValueError unless the folder is there."""
         if self.path.is_file():

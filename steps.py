@@ -7,6 +7,7 @@ arguments of another form are refused.
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,11 +53,10 @@ class Compiled:
         """Take the arguments without the static ones."""
         try:
             return self._compiled(*arguments)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             differences = "; ".join(line for line in str(error).splitlines() if line.startswith("Argument '"))
-            if not differences:
-                raise
-            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {differences}") from error
+            told = differences or " ".join(str(error).split())
+            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {told}") from error
 
     @property
     def bytes_needed(self) -> int:
@@ -82,7 +82,7 @@ def model_loss(
     return fused_cross_entropy(model.hidden_states(inputs_BT, dropout_rngs), model.head_table, targets_BT, model.dtype)
 
 
-def dropout_rngs(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
+def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
     """Dropout masks are a function of the seed, the global step (from 0) and its microbatch alone."""
     return nnx.Rngs(dropout=jax.random.fold_in(jax.random.fold_in(seed_key, global_step), microbatch))
 
@@ -96,10 +96,14 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
     graph, params = nnx.split(model)
     global_step, first = batch.position
 
+    chex.assert_equal_shape((batch.inputs, batch.targets), custom_message="inputs against targets")
+    chex.assert_rank(batch.inputs, 3, custom_message="inputs, expected as (A, B, T)")
+    chex.assert_type((batch.inputs, batch.targets), int, custom_message="inputs and targets")
+
     def microbatch_loss(
         params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array
     ) -> jax.Array:
-        rngs = dropout_rngs(seed_key, global_step, microbatch)
+        rngs = rngs_of(seed_key, global_step, microbatch)
         return model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, jax.Array]:
@@ -119,7 +123,8 @@ def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
     """Return what tells where a gradient stopped being finite: three small arrays.
 
     The loss of each microbatch (A,), and of every parameter, in the order of `weights.named_arrays`, the norm of its
-    gradient and whether all of that is finite (P,). Clipping and rejecting need the same sums: XLA takes them once.
+    gradient and whether all of that is finite (P,). Where one call is a global step, clipping and rejecting need the
+    same sums, and XLA takes them once.
     """
     arrays = named_arrays(grads).values()
     return {

@@ -3,6 +3,7 @@
 import argparse
 import math
 import signal
+import traceback
 from pathlib import Path
 
 import jax
@@ -41,6 +42,9 @@ RUNS = Path("runs")
 
 def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where there is nothing to save yet, it must not kill
+    watching = args.from_checkpoint or args.hash_parameters or args.debug_checks or args.accept_changes
+    if args.instead and watching:
+        raise ValueError("expected one of --check, --overfit-one-batch, --find-microbatch alone: it trains nothing")
     if args.run is None:
         if args.hash_parameters:  # which would take the run's folder for its pattern
             raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
@@ -62,9 +66,10 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
         with run.lock():
             return train_or_go_on(run, model_config, config, args, stop)
     except Exception as error:
-        if not command_line.is_out_of_memory(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(fitting.advice(model_config, config)) from error
+        traceback.clear_frames(error.__traceback__)  # which hold the model
+        raise ValueError(fitting.advice(model_config, config, str(error))) from error
 
 
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
@@ -77,33 +82,30 @@ def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: Train
     """Print what each `microbatch_size` that was tried needs, and the largest that fits."""
     say(describe_devices())
     found, needs = fitting.largest_microbatch(model_config, config)
-    for size, needed in sorted(needs.items()):
-        print(
-            f"microbatch_size {size:,}: {needed / fitting.GIB:.2f} GiB of {fitting.bytes_available() / fitting.GIB:.2f}"
-        )
+    for size, needed in needs.items():
+        print(f"microbatch_size {size:,}: {fitting.gib(needed)} of {fitting.gib(fitting.bytes_available())}")
     if found is None:
         raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
-    accumulated = found.gradient_accumulation_steps
-    print(f'"microbatch_size": {found.microbatch_size}, "gradient_accumulation_steps": {accumulated}')
+    print(fitting.as_json(found))
     return command_line.DONE
 
 
-def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
-    """Say whether a fresh model can learn the first batch by heart; the run's folder is left alone."""
+def overfit_one_batch(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Say whether a fresh model can learn the first microbatch by heart; the run's folder is left alone."""
     say(describe_devices())
-    loss, steps = math.nan, 0
+    losses = []
     with tqdm(total=overfitting.MOST_STEPS, unit="step", dynamic_ncols=True) as bar:
-        for loss in overfitting.overfit(model_config, config):
-            steps = bar.n
+        for loss in overfitting.overfit(model_config, config, whole_steps(run, model_config, config) // config.epochs):
+            losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-    if loss < overfitting.TARGET:
-        say(f"got there: loss {loss:.4f} on the first batch after {steps:,} updates; the model can learn")
+    reached = f"loss {losses[-1]:.4f} on the first batch after {len(losses) - 1:,} updates"
+    if losses[-1] < overfitting.TARGET:
+        say(f"got there: {reached}; the model can learn")
         return command_line.DONE
     raise RuntimeError(
-        f"did not get there: loss {loss:.4f} on the first batch after {steps:,} updates, expected below "
-        f"{overfitting.TARGET}; look at the targets, the learning rate, the gradients (a model without attention, or "
-        "whose context repeats, cannot tell all of its targets apart)"
+        f"did not get there: {reached}, expected below {overfitting.TARGET}; look at the targets, the learning rate, "
+        "the gradients (a model without attention, or whose context repeats, cannot tell all of its targets apart)"
     )
 
 
@@ -147,12 +149,18 @@ def list_runs() -> int:
     return command_line.DONE
 
 
-def train_or_go_on(
-    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, stop: StopRequest
-) -> int:
+def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Count the global steps of the whole run, fetching its data; raises ValueError when there are none."""
     total = total_steps(model_config, config, fetch=True)
     if not total:
         raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
+    return total
+
+
+def train_or_go_on(
+    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, stop: StopRequest
+) -> int:
+    total = whole_steps(run, model_config, config)
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
     say(*complaints)
     if checkpoint:
@@ -166,6 +174,7 @@ def train_or_go_on(
     say(describe_devices())
     say(*preflight.describe(run, model_config, config, tokens_available(config)))
     training = set_up(run, model_config, config, total)
+    watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if training.val_stream is None:
         say("no validation tokens: best goes by training loss")
     if checkpoint:
@@ -174,7 +183,6 @@ def train_or_go_on(
     else:
         say(*set_history_aside(training))
         cut_after(training, 0)
-    watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     resume_line = f"uv run train.py {args.run}"
     with listening(
         stop,
@@ -202,7 +210,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     seed_key = jax.random.key(config.seed)
     batch, checksum = place_batch(training)
     in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
-    is_stuck = False
+    is_stuck, finding = False, None
     say("compiling the training step")
     step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
     say(fitting.check(step, training.model_config, config))
@@ -213,7 +221,9 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
         if training.lacks_milestone:
             say(*saver.save(is_milestone=True))
         while training.global_step < total and not stop and not is_stuck:
-            watcher.before_step(batch, seed_key)
+            finding = watcher.before_step(batch, seed_key)
+            if finding:
+                break
             reports = [step(training.model, training.optimizer, part, seed_key) for part in batch]
             training.global_step += 1
             in_flight.append((training.global_step, reports, checksum))
@@ -228,7 +238,9 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
             say(*saver.news(), *note_metrics(training))
         for finished in in_flight:
             is_stuck |= finish_step(training, *finished, bar)
-        say(*saver.finish(is_milestone=at_milestone(training), prune=not is_stuck))
+        say(*saver.finish(is_milestone=at_milestone(training), prune=not (is_stuck or finding)))
+    if finding:
+        raise RuntimeError(finding + (f"; saved at step {training.global_step:,}" if training.global_step else ""))
     if is_stuck:
         where = f"; {training.last_rejection} says where it fails" if training.last_rejection else ""
         raise RuntimeError(
@@ -240,7 +252,8 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
 
 def finish_step(training: Training, step: int, reports: list[Report], checksum: int, bar: tqdm) -> bool:
     """Wait for a step, show it, and say whether too many updates in a row were rejected."""
-    record = collect(training, step, reports, checksum)
+    record, lines = collect(training, step, reports, checksum)
+    say(*lines)
     loss = math.nan if record["loss"] is None else record["loss"]
     bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second(training):,.0f} tokens/s", refresh=False)
     bar.update()

@@ -85,23 +85,31 @@ def cut_after(training: Training, global_step: int) -> None:
     training.records = metrics.cut_after(training.run.metrics, global_step)
     training.num_written = len(training.records)
     samples.cut_after(training.run.samples, global_step)
-    for step, path in training.run.rejections().items():
-        if step > global_step:
-            path.unlink(missing_ok=True)
 
 
-def note_rejection(training: Training, step: int, evidence: list[dict[str, np.ndarray]]) -> Path | None:
-    """Write down what is known of a rejected update; None when that cannot be written."""
+def note_rejection(training: Training, step: int, evidence: list[dict[str, np.ndarray]]) -> str:
+    """Write down what is known of a rejected update; return what there is to say.
+
+    The parameters are those after the next step, which may have begun: what is not finite stays so.
+    """
     parameters = named_arrays(nnx.state(training.model, nnx.Param))
-    bad_parameters = [name for name, array in parameters.items() if not jnp.isfinite(array).all()]
+    bad_parameters = [name for name, is_finite in jax.device_get(_all_finite(parameters)).items() if not is_finite]
     positions_KB = training.config.start_train_token + training.train_stream.positions(step - 1)
     known = describe_rejection(step, list(parameters), evidence, bad_parameters, positions_KB)
     path = training.run.rejected(step)
+    temporary = path.with_suffix(".json.tmp")
     try:
-        path.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
-    except OSError:  # a full disk must not end the training
-        return None
-    return path
+        temporary.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # a full disk must not end the training
+        return f"WARNING step {step:,}: its update was rejected, and what is known cannot be written ({error})"
+    training.last_rejection = path
+    return f"WARNING step {step:,}: its update was rejected, its gradient is not finite; {path} says where"
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
 
 
 def set_history_aside(training: Training) -> list[str]:
@@ -139,8 +147,8 @@ def mean_of_calls(reports: list[Report]) -> float:
     return float(np.mean([report["loss"] for report in reports], dtype=np.float64))
 
 
-def collect(training: Training, step: int, reports: list[Report], data_crc32: int) -> metrics.Record:
-    """Wait for a step's reports and add its record; write down what is known when its update was rejected."""
+def collect(training: Training, step: int, reports: list[Report], data_crc32: int) -> tuple[metrics.Record, list[str]]:
+    """Wait for a step's reports and add its record; return it, and what there is to say."""
     host_reports = jax.device_get(reports)
     now = time.monotonic()
     evidence = [report.pop("evidence") for report in host_reports]
@@ -156,11 +164,9 @@ def collect(training: Training, step: int, reports: list[Report], data_crc32: in
     if training.paused:
         record["checkpoint_seconds"] = round(training.paused, 4)
         training.paused = 0.0
-    if record["rejected"]:
-        training.last_rejection = note_rejection(training, step, evidence) or training.last_rejection
     training.last_collected = now
     training.records.append(record)
-    return record
+    return record, [note_rejection(training, step, evidence)] if record["rejected"] else []
 
 
 def tokens_per_second(training: Training) -> float:

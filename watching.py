@@ -9,37 +9,46 @@ from training import Report, Training, mean_of_calls
 
 
 class Watcher:
-    """Looks at every global step before and after it; without wishes at the first one of the run alone.
+    """Looks at every global step before and after it; without wishes only until the first update is accepted.
 
-    `pattern` asks for a line of hashes after every step, of the parameters that it matches (a shell's pattern);
-    `debug_checks` for every microbatch to be gone through once more, looking for what is not finite.
+    `pattern` asks for a line of hashes after every step, of the parameters that it matches (a shell's pattern; raises
+    ValueError when it matches none); `debug_checks` for every microbatch to be gone through once more, looking for what
+    is not finite.
     """
 
     def __init__(self, training: Training, *, pattern: str | None = None, debug_checks: bool = False) -> None:
         self._training, self._pattern = training, pattern
         self._check = make_checks(training.model) if debug_checks else None
-        self._is_first = training.global_step == 0
-        self._hashes = parameter_hashes(training.model) if pattern or self._is_first else {}
+        self._hashes: dict[str, str] | None = None  # from before the coming step; none before the first look
+        self._is_proven = False  # that updates change parameters
         if pattern:
-            matching(self._hashes, pattern)  # a pattern that matches nothing should show before compiling
+            parameter_hashes(training.model, pattern)
 
-    def before_step(self, calls: list[Batch], seed_key: jax.Array) -> None:
-        """Raise RuntimeError when a check finds something in the batch of the coming global step."""
-        if self._check:
-            for call in calls:
-                self._check(self._training.model, call, seed_key)
+    def before_step(self, calls: list[Batch], seed_key: jax.Array) -> str | None:
+        """Return what a check finds wrong with the batch of the coming global step."""
+        if self._hashes is None:
+            self._is_proven = self._training.global_step > 0
+            self._hashes = self._hash()
+        findings = (self._check(self._training.model, call, seed_key) for call in calls) if self._check else ()
+        return next(filter(None, findings), None)
 
     def after_step(self, reports: list[Report]) -> list[str]:
-        """Return what there is to say; raises RuntimeError when the first update changed nothing."""
-        training, lines = self._training, []
-        if not self._hashes:
-            return lines
-        before, after = self._hashes, parameter_hashes(training.model)
-        if self._is_first:
+        """Return what there is to say; raises RuntimeError when the first accepted update has changed nothing."""
+        training, lines, before = self._training, [], self._hashes
+        if training.global_step == 1:
             first_loss = mean_of_calls(jax.device_get(reports))
             lines.append(first_loss_line(first_loss, training.model_config.vocab_size))
-            check_parameters_changed(before, after, rejected=bool(reports[-1]["rejected"]))
+        if not before:
+            return lines
+        self._hashes = self._hash()
+        if not self._is_proven and not reports[-1]["rejected"]:
+            check_parameters_changed(before, self._hashes)
+            self._is_proven = True
         if self._pattern:
-            lines.append(hash_line(training.global_step, before, matching(after, self._pattern)))
-        self._is_first, self._hashes = False, after if self._pattern else {}
+            lines.append(hash_line(training.global_step, before, matching(self._hashes, self._pattern)))
         return lines
+
+    def _hash(self) -> dict[str, str]:
+        if not self._is_proven:
+            return parameter_hashes(self._training.model)
+        return parameter_hashes(self._training.model, self._pattern) if self._pattern else {}

@@ -58,9 +58,7 @@ def test_the_first_bad_place_is_named_with_its_step_and_microbatch(batch, place)
     microbatch, change = BREAKS[place]
     model = with_large_row()
     change(model)
-    with pytest.raises(RuntimeError) as caught:
-        make_checks(model)(model, batch, KEY)
-    assert str(caught.value) == f"global step 7, microbatch {microbatch}: {place}: not finite"
+    assert make_checks(model)(model, batch, KEY) == f"global step 7, microbatch {microbatch}: {place}: not finite"
 
 
 def test_a_gradient_that_is_not_finite_is_named_though_all_else_is(batch):
@@ -70,15 +68,15 @@ def test_a_gradient_that_is_not_finite_is_named_though_all_else_is(batch):
 
     model = tiny_model(n_layers=1)
     model.blocks[0].feed_forward = Corner()
-    with pytest.raises(RuntimeError, match=r"global step 7, microbatch 0: gradient of blocks\.0\.attention"):
-        make_checks(model)(model, batch, KEY)
+    found = make_checks(model)(model, batch, KEY)
+    assert found.startswith("global step 7, microbatch 0: gradient of blocks.0.attention") and "not finite" in found
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 def test_a_sound_model_passes_and_stays_as_it_is(batch, drop_rate):
     model = with_large_row(drop_rate=drop_rate)
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
-    make_checks(model)(model, batch, KEY)
+    assert make_checks(model)(model, batch, KEY) is None
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(nnx.state(model, nnx.Param))))
 
 

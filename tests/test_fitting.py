@@ -1,5 +1,6 @@
 """Does it fit? A faked small device."""
 
+import math
 import re
 
 import pytest
@@ -50,8 +51,8 @@ def test_a_run_that_does_not_fit_says_what_would(call_program, make_run, device_
     run = make_run(train=SHAPE)
     line = complaint(call_program("train", run))
     assert re.search(
-        r"out of memory: a step needs \S+ GiB, the device has \S+; the largest that fits is microbatch_size 2 with "
-        "gradient_accumulation_steps 8, the same tokens per step",
+        r"out of memory: a step needs \S+ GiB, the device has \S+ GiB; the largest that fits, at the same tokens per "
+        r'step, is "microbatch_size": 2, "gradient_accumulation_steps": 8$',
         line,
     )
     assert not (run / "checkpoints").exists() and not (run / "metrics.jsonl").exists()
@@ -65,19 +66,38 @@ def test_a_run_for_which_there_is_no_room_at_all(call_program, make_run, device_
     )
 
 
-@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: allocating 12345 bytes"), MemoryError()])
-def test_memory_that_runs_out_all_the_same_is_the_same_line(
-    call_program, make_run, monkeypatch, needs, device_of, error
-):
+def test_memory_that_runs_out_while_training_is_the_same_line(call_program, make_run, monkeypatch, needs, device_of):
     def create(*_):
-        raise error
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
 
     monkeypatch.setattr(starting, "create_model", create)
     device_of(needs[4])
-    assert "the largest that fits is microbatch_size 4" in complaint(call_program("train", make_run(train=SHAPE)))
+    assert 'is "microbatch_size": 4, "grad' in complaint(call_program("train", make_run(train=SHAPE)))
     device_of(needs[8])
     line = complaint(call_program("train", make_run("other", train=SHAPE)))
-    assert "so it should fit: does another program use the device?" in line
+    assert "does another program use it? XLA said: " in line and "allocating 12345 bytes" in line
+
+
+def test_compiling_that_runs_out_of_memory_means_too_large(monkeypatch, needs, device_of):
+    compile_step = fitting.compile_train_step
+
+    def out_of_memory(model, optimizer, batch, *rest):
+        if batch.inputs.shape[1] > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: autotuning")
+        return compile_step(model, optimizer, batch, *rest)
+
+    device_of(10**9)
+    monkeypatch.setattr(fitting, "compile_train_step", out_of_memory)
+    found, tried = fitting.largest_microbatch(tiny_model_config(), tiny_train_config(**SHAPE))
+    assert found.microbatch_size == 2
+    assert tried == {16: math.inf, 8: math.inf, 4: math.inf, 2: needs[2]}
+    assert fitting.gib(math.inf) == "an unknown amount"
+
+
+def test_what_to_write_holds_the_calls_where_they_were_chosen():
+    config = tiny_train_config(microbatch_size=4, gradient_accumulation_steps=6, microbatches_per_call=3)
+    expected = '"microbatch_size": 6, "gradient_accumulation_steps": 4, "microbatches_per_call": 1'
+    assert fitting.as_json(fitting.with_microbatch(config, 6)) == expected
 
 
 def test_find_microbatch_prints_what_to_write_and_leaves_the_run_alone(call_program, make_run, device_of, needs):

@@ -93,10 +93,6 @@ def test_a_first_loss_that_is_off_comes_with_likely_causes(loss, cause):
     assert cause in first_loss_line(loss, 50257).partition("likely causes: ")[2]
 
 
-def test_a_rejected_first_update_may_change_nothing():
-    check_parameters_changed({"a": "1"}, {"a": "1"}, rejected=True)
-
-
 def test_a_line_of_hashes_marks_what_did_not_change():
     before, after = {"a": "1", "b": "2"}, {"a": "1", "b": "3"}
     assert hash_line(1200, before, after) == "step 1,200: a 1 (unchanged), b 3"

@@ -1,7 +1,13 @@
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
-from conftest import complaint
+from conftest import complaint, tiny_model_config
 
 import overfitting
+from config import TrainConfig
+from data import open_streams
 
 SMALL = {
     "microbatch_size": 2,
@@ -27,3 +33,25 @@ def test_a_model_that_cannot_does_not(call_program, make_run, monkeypatch):
     run = make_run(model={"n_layers": 0}, train=SMALL)
     line = complaint(call_program("train", run, "--overfit-one-batch"), code=1)
     assert "did not get there: loss " in line and "after 29 updates" in line
+
+
+def test_it_is_the_first_microbatch_of_the_run(make_run, monkeypatch):
+    config = TrainConfig(**json.loads((make_run() / "train.json").read_text()))
+    stream, _ = open_streams(Path(config.dataset), tiny_model_config(), config, 12)
+    taken = []
+    monkeypatch.setattr(overfitting, "MOST_STEPS", 1)
+    monkeypatch.setattr(
+        overfitting, "compile_train_step", lambda _1, _2, batch, *_: taken.append(batch) or (lambda *_: {"loss": 9.0})
+    )
+    assert list(overfitting.overfit(tiny_model_config(), config, 12)) == [9.0]
+    for part, whole in zip(taken[0][:2], stream.batch(0)):
+        np.testing.assert_array_equal(part, whole[:1])
+
+
+@pytest.mark.parametrize(("losses", "steps"), [([3.0, 0.04, 1.0], 2), ([3.0, float("nan"), 1.0], 2), ([3.0] * 9, 9)])
+def test_it_ends_when_it_got_there_or_never_will(make_run, monkeypatch, losses, steps):
+    config = TrainConfig(**json.loads((make_run() / "train.json").read_text()))
+    rest = iter(losses)
+    monkeypatch.setattr(overfitting, "MOST_STEPS", 9)
+    monkeypatch.setattr(overfitting, "compile_train_step", lambda *_: lambda *_: {"loss": next(rest)})
+    assert len(list(overfitting.overfit(tiny_model_config(), config, 12))) == steps

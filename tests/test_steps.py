@@ -9,7 +9,8 @@ from flax import nnx
 from data import TokenStream
 from loss import cross_entropy
 from optimizer import make_optimizer
-from steps import compile_train_step, eval_step, mean_gradient, train_step
+from steps import compile_train_step, eval_step, evidence, mean_gradient, train_step
+from weights import named_arrays
 
 K, B = 4, 2
 SEED_KEY = jax.random.key(7)
@@ -117,6 +118,14 @@ def test_the_bytes_needed_hold_at_least_the_arguments():
     assert state < compiled.bytes_needed < 100 * state
 
 
+def test_a_gradient_that_is_not_finite_is_told_by_its_place():
+    grads = nnx.state(tiny_model(), nnx.Param)
+    names = list(named_arrays(grads))
+    grads["output_norm"]["bias"][...] = jnp.full(32, jnp.nan)
+    told = evidence(jnp.zeros(K), grads)
+    assert [name for name, ok in zip(names, told["gradients_finite"]) if not ok] == ["output_norm.bias"]
+
+
 @pytest.mark.parametrize("per_call", [K, 1])
 def test_the_evidence_tells_losses_and_gradients_apart(per_call):
     config, model = tiny_train_config(microbatches_per_call=per_call), tiny_model()
@@ -124,12 +133,15 @@ def test_the_evidence_tells_losses_and_gradients_apart(per_call):
     names = list(parameters(model))
     calls = stream().calls(0, config.calls_per_step)
     reports = [train_step(model, optimizer, call, SEED_KEY, config) for call in calls]
-    evidence = [report["evidence"] for report in reports]
-    losses = np.concatenate([part["losses"] for part in evidence])
+    told = [report["evidence"] for report in reports]
+    losses = np.concatenate([part["losses"] for part in told])
     assert losses.shape == (K,) and np.mean(losses) == pytest.approx(np.mean([r["loss"] for r in reports]))
-    assert all(part["gradients_finite"].all() and part["gradient_norms"].shape == (len(names),) for part in evidence)
+    assert all(part["gradients_finite"].all() and part["gradient_norms"].shape == (len(names),) for part in told)
     if per_call == K:
-        norm = np.linalg.norm(evidence[0]["gradient_norms"])
+        _, grads, _ = nnx.jit(mean_gradient)(tiny_model(), *calls, SEED_KEY)
+        expected = [np.linalg.norm(array) for array in named_arrays(grads).values()]
+        np.testing.assert_allclose(told[0]["gradient_norms"], expected, rtol=1e-5)
+        norm = np.linalg.norm(told[0]["gradient_norms"])
         assert norm == pytest.approx(float(reports[0]["gradient_norm"]), rel=1e-6)
 
 

@@ -12,9 +12,11 @@ from conftest import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
 from flax import nnx
 from safetensors.numpy import save_file
 
+import metrics
 import starting
 import steps
 import train as train_program
+import watching
 from checkpointing import find_checkpoints
 from inspection import parameter_hashes
 from saved_model import load_saved_model
@@ -98,7 +100,8 @@ def test_a_run_that_was_taken_for_a_pattern_is_one_line(train, make_run):
 @pytest.mark.parametrize("per_call", [None, 1])
 def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
     run = rare_run(microbatches_per_call=per_call)
-    assert train(run).returncode == 0
+    finished = train(run)
+    assert finished.returncode == 0
     assert [path.name for path in run.glob("rejected-*")] == [f"rejected-{STEP}.json"]
     known = json.loads((run / f"rejected-{STEP}.json").read_text())
     assert known["global_step"] == STEP
@@ -108,6 +111,7 @@ def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
     assert known["parameters_not_finite"] == ["token_embedding.embedding"]
     norms = known["gradient_norms_of_each_call"]
     assert known["first_gradient_not_finite"] == next(iter(norms)) and len(norms) == 16
+    assert "WARNING step 3: its update was rejected, its gradient is not finite" in finished.stdout
     bad_calls = [MICROBATCH] if per_call else [0]
     assert [i for i, norm in enumerate(norms["head.embedding"]) if norm is None] == bad_calls
 
@@ -121,13 +125,37 @@ def test_positions_count_from_the_start_of_the_file(train, rare_run, poisoned):
     assert known["microbatches"][MICROBATCH]["first_tokens"][SEQUENCE] == FIRST_TOKEN
 
 
-def test_descriptions_of_steps_that_are_done_again_are_dropped(train, make_run):
+def test_going_back_keeps_the_descriptions(train, make_run):
     run = make_run()
     assert train(run).returncode == 0
-    for name in ("rejected-5.json", "rejected-6.json", "rejected-12.json", "rejected-x.json"):
-        (run / name).write_text("{}")
+    (run / "rejected-6.json").write_text("{}")
     assert train(run, "--from", find_checkpoints(run / "checkpoints")[0].path.name).returncode == 0
-    assert {path.name for path in run.glob("rejected-*")} == {"rejected-5.json", "rejected-x.json"}
+    assert (run / "rejected-6.json").read_text() == "{}"
+
+
+def test_a_description_that_cannot_be_written_is_a_warning(train, rare_run, poisoned):
+    run = rare_run()
+    (run / f"rejected-{STEP}.json.tmp").mkdir()
+    finished = train(run)
+    assert finished.returncode == 0
+    assert f"WARNING step {STEP}: its update was rejected, and what is known cannot be written" in finished.stdout
+
+
+def test_what_a_check_finds_is_said_after_saving(train, make_run, monkeypatch):
+    def finds(model):
+        return lambda model, call, key: "global step 4: bad" if call.position[0] == 3 else None
+
+    monkeypatch.setattr(watching, "make_checks", finds)
+    run = make_run()
+    assert complaint(train(run, "--debug-checks"), code=1).endswith("global step 4: bad; saved at step 3")
+    assert [record["global_step"] for record in metrics.read(run / "metrics.jsonl")] == [1, 2, 3]
+    assert [checkpoint.global_step for checkpoint in find_checkpoints(run / "checkpoints")] == [3]
+    assert train(run).returncode == 0
+
+
+@pytest.mark.parametrize("options", [["--check", "--from", "best"], ["--find-microbatch", "--debug-checks"]])
+def test_options_that_would_be_ignored_are_refused(train, make_run, options):
+    assert "alone: it trains nothing" in complaint(train(make_run(), *options))
 
 
 def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, poisoned):
