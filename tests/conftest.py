@@ -1,6 +1,8 @@
 """What the tests share: strict JAX, one tiny model, one tiny run."""
 
+import gc
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -36,6 +38,22 @@ for option, value in CACHE_OPTIONS.items():
     jax.config.update(option, value)
 os.environ |= {option.upper(): str(value) for option, value in CACHE_OPTIONS.items()}
 
+MEMORY_OF_PROGRAMS = 20  # tests
+
+
+@pytest.fixture(autouse=True)
+def few_programs_in_memory():
+    """Forget compiled programs now and then: each takes hundreds of the 65,530 memory maps that Linux allows a process.
+
+    JAX keeps them all, and past that number it crashes.
+    """
+    yield
+    if next(TESTS_DONE) % MEMORY_OF_PROGRAMS == 0:
+        jax.clear_caches()
+        gc.collect()
+
+
+TESTS_DONE = itertools.count(1)
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
 TINY_MODEL = {
