@@ -7,7 +7,6 @@ arguments of another form are refused.
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -91,14 +90,9 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
     """Average loss and gradient over the microbatches of a call, one forward and backward pass at a time.
 
     Also returns the loss of each microbatch, (A,).
-
     """
     graph, params = nnx.split(model)
     global_step, first = batch.position
-
-    chex.assert_equal_shape((batch.inputs, batch.targets), custom_message="inputs against targets")
-    chex.assert_rank(batch.inputs, 3, custom_message="inputs, expected as (A, B, T)")
-    chex.assert_type((batch.inputs, batch.targets), int, custom_message="inputs and targets")
 
     def microbatch_loss(
         params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array
