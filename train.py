@@ -242,7 +242,8 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     if finding:
         raise RuntimeError(finding + (f"; saved at step {training.global_step:,}" if training.global_step else ""))
     if is_stuck:
-        where = f"; {training.last_rejection} says where it fails" if training.last_rejection else ""
+        known = training.run.rejected(training.global_step)
+        where = f"; {known} says where it fails" if known.exists() else ""
         raise RuntimeError(
             f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
             f"saved at step {training.global_step:,} with the last good parameters: go on --from best with a lower "

@@ -5,7 +5,6 @@ import statistics
 import time
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,7 +48,6 @@ class Training:
     started: float = field(default_factory=time.monotonic)
     records: list[metrics.Record] = field(default_factory=list)
 
-    last_rejection: Path | None = None  # where it is described
     num_written: int = 0  # of the records, how many are in metrics.jsonl
     is_behind: bool = False  # the last attempt to write them failed
     last_collected: float = field(default_factory=time.monotonic)
@@ -103,7 +101,6 @@ def note_rejection(training: Training, step: int, evidence: list[dict[str, np.nd
         temporary.replace(path)
     except OSError as error:  # a full disk must not end the training
         return f"WARNING step {step:,}: its update was rejected, and what is known cannot be written ({error})"
-    training.last_rejection = path
     return f"WARNING step {step:,}: its update was rejected, its gradient is not finite; {path} says where"
 
 
