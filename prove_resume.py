@@ -26,6 +26,7 @@ import command_line
 import metrics
 from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
 from run_directory import RunDirectory
+from training import ABOUT_TO_STEP
 
 TRAIN = Path(__file__).with_name("train.py")
 PHASES = ("starting", "stepping", "saving")
@@ -98,7 +99,7 @@ def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
 def has_begun(run: RunDirectory) -> bool:
     """Whether the newest process has loaded its checkpoint and is about to step."""
     newest = run.path.with_suffix(".log").read_bytes().rpartition(STARTED)[2]
-    return b"compiling the training step" in newest
+    return ABOUT_TO_STEP.encode() in newest
 
 
 def train_to_the_end(run: RunDirectory) -> None:

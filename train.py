@@ -25,6 +25,7 @@ from saving import Saver
 from starting import go_on_from, set_up, tokens_available, total_steps
 from steps import compile_train_step
 from training import (
+    ABOUT_TO_STEP,
     Report,
     Training,
     at_milestone,
@@ -211,7 +212,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     batch, checksum = place_batch(training)
     in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
     is_stuck, finding = False, None
-    say("compiling the training step")
+    say(ABOUT_TO_STEP)
     step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
     say(fitting.check(step, training.model_config, config))
     with (

@@ -21,6 +21,7 @@ from model import GPTModel
 from run_directory import RunDirectory
 from weights import named_arrays
 
+ABOUT_TO_STEP = "compiling the training step"  # said when everything is loaded; prove_resume.py waits for it
 RECENT = 20  # steps over which tokens per second is taken
 Report = dict[str, Any]  # of one compiled call, on the device
 
