@@ -94,9 +94,13 @@ def complain(error: Exception, *, debug: bool) -> int:
     return USAGE if isinstance(error, ValueError) else FAILED
 
 
+def is_out_of_device_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+    if is_out_of_device_memory(error) or isinstance(error, MemoryError):
         return f"out of memory; use a smaller microbatch_size and more gradient_accumulation_steps ({text[:200]})"
     if isinstance(error, ValueError | RuntimeError | OSError) and text:
         return text

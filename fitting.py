@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from command_line import is_out_of_device_memory
 from config import MEMORY_BYTES, ModelConfig, TrainConfig
 from data import Batch
 from model import GPTModel
@@ -94,13 +95,13 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
         return model, make_optimizer(model, config, total_steps=1)
 
     model, optimizer = nnx.eval_shape(build)
-    calls = config.gradient_accumulation_steps // config.calls_per_step
-    tokens = jax.ShapeDtypeStruct((calls, config.microbatch_size, model_config.context_length), np.uint16)
+    per_call = config.gradient_accumulation_steps // config.calls_per_step
+    tokens = jax.ShapeDtypeStruct((per_call, config.microbatch_size, model_config.context_length), np.uint16)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         return compile_train_step(model, optimizer, batch, key, config).bytes_needed
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_device_memory(error):
             return math.inf
         raise

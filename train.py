@@ -67,7 +67,7 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
         with run.lock():
             return train_or_go_on(run, model_config, config, args, stop)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not command_line.is_out_of_device_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # which hold the model
         raise ValueError(fitting.advice(model_config, config, str(error))) from error
