@@ -13,6 +13,8 @@ from flax import nnx
 from metrics import finite
 from weights import named_arrays
 
+FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
+
 
 def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
     """Hash every parameter that a shell's pattern matches: dot-joined name → 16 hex digits of BLAKE2.
@@ -52,9 +54,9 @@ def first_loss_line(loss: float, vocab_size: int) -> str:
     line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
     if math.isnan(loss):
         causes = "a parameter or a product is not finite from the start: rejected-1.json says where"
-    elif loss > uniform + 0.5:
+    elif loss > uniform + FARTHEST:
         causes = "weights that start too large, or a loss that is a sum instead of a mean"
-    elif loss < uniform - 0.5:
+    elif loss < uniform - FARTHEST:
         causes = "targets that are the inputs (objective), a mask that lets positions see what follows, or padding"
     else:
         return line
