@@ -31,6 +31,18 @@ def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> str
     return f"memory  the compiled step needs {gib(step.bytes_needed)} of the device's {gib(bytes_available())}"
 
 
+def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
+    """Return a line for every `microbatch_size` that was tried, and what to write for the largest that fits.
+
+    Raises ValueError when none fits.
+    """
+    found, needs = largest_microbatch(model_config, config)
+    if found is None:
+        raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
+    tried = [f"microbatch_size {size:,}: {gib(need)} of {gib(bytes_available())}" for size, need in needs.items()]
+    return [*tried, as_json(found)]
+
+
 def advice(model_config: ModelConfig, config: TrainConfig, complaint: str = "") -> str:
     """Say that a run does not fit, and the largest `microbatch_size` that does at the same tokens per global step.
 

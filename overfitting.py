@@ -1,7 +1,7 @@
 """The classic check of a new model: whether it can learn one batch by heart."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -38,3 +38,14 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
         yield loss
         if not TARGET <= loss < math.inf:
             return
+
+
+def verdict(losses: Sequence[float]) -> str:
+    """Say that the model got there; raises RuntimeError, with what to look at, when it did not."""
+    reached = f"loss {losses[-1]:.4f} on the first batch after {len(losses) - 1:,} updates"
+    if losses[-1] < TARGET:
+        return f"got there: {reached}; the model can learn"
+    raise RuntimeError(
+        f"did not get there: {reached}, expected below {TARGET}; look at the targets, the learning rate, the gradients "
+        "(a model without attention, or whose context repeats, cannot tell all of its targets apart)"
+    )

@@ -5,7 +5,7 @@ import math
 import checkpointing
 import drift
 import samples
-from config import ModelConfig, TrainConfig, steps_per_epoch
+from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from dataset_sources import dataset_folder, dataset_revision
 from model import create_model
@@ -28,6 +28,27 @@ def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool =
     if steps is None:
         steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch))
     return None if steps is None else steps * config.epochs
+
+
+def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
+    """Count the global steps of the whole run, fetching its data; raises ValueError when there are none."""
+    total = total_steps(model_config, config, fetch=True)
+    if not total:
+        raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
+    return total
+
+
+def describe_progress(run: RunDirectory) -> str:
+    """Say how far a run is: new, at step N of M, or finished. Raises ValueError when its files are wrong."""
+    config = load_config(run.train_config, TrainConfig)
+    total = total_steps(load_config(run.model_config, ModelConfig), config)
+    checkpoints = checkpointing.find_checkpoints(run.checkpoints)
+    if not checkpoints:
+        return "new"
+    step = checkpoints[-1].global_step
+    if step == total:
+        return "finished"
+    return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
 
 
 def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int) -> Training:

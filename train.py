@@ -22,7 +22,7 @@ from interruption import StopRequest, listening
 from mesh import describe_devices
 from run_directory import RunDirectory, find_runs
 from saving import Saver
-from starting import go_on_from, set_up, tokens_available, total_steps
+from starting import describe_progress, go_on_from, set_up, tokens_available, whole_steps
 from steps import compile_train_step
 from training import (
     ABOUT_TO_STEP,
@@ -82,12 +82,7 @@ def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) 
 def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Print what each `microbatch_size` that was tried needs, and the largest that fits."""
     say(describe_devices())
-    found, needs = fitting.largest_microbatch(model_config, config)
-    for size, needed in needs.items():
-        print(f"microbatch_size {size:,}: {fitting.gib(needed)} of {fitting.gib(fitting.bytes_available())}")
-    if found is None:
-        raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
-    print(fitting.as_json(found))
+    print(*fitting.report(model_config, config), sep="\n")
     return command_line.DONE
 
 
@@ -100,14 +95,8 @@ def overfit_one_batch(run: RunDirectory, model_config: ModelConfig, config: Trai
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-    reached = f"loss {losses[-1]:.4f} on the first batch after {len(losses) - 1:,} updates"
-    if losses[-1] < overfitting.TARGET:
-        say(f"got there: {reached}; the model can learn")
-        return command_line.DONE
-    raise RuntimeError(
-        f"did not get there: {reached}, expected below {overfitting.TARGET}; look at the targets, the learning rate, "
-        "the gradients (a model without attention, or whose context repeats, cannot tell all of its targets apart)"
-    )
+    say(overfitting.verdict(losses))
+    return command_line.DONE
 
 
 def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
@@ -137,25 +126,12 @@ def list_runs() -> int:
     width = max((len(str(run.path)) for run in runs), default=0)
     for run in runs:
         try:
-            config = load_config(run.train_config, TrainConfig)
-            total = total_steps(load_config(run.model_config, ModelConfig), config)
-            checkpoints = checkpointing.find_checkpoints(run.checkpoints)
-            step = checkpoints[-1].global_step if checkpoints else 0
-            status = f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
-            status = "new" if not checkpoints else "finished" if step == total else status
+            status = describe_progress(run)
         except ValueError as error:
             status = f"error: {error}"
         print(f"{run.path!s:{width}}  {status}")
     print("uv run train.py runs/NAME trains one, or goes on with it")
     return command_line.DONE
-
-
-def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
-    """Count the global steps of the whole run, fetching its data; raises ValueError when there are none."""
-    total = total_steps(model_config, config, fetch=True)
-    if not total:
-        raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
-    return total
 
 
 def train_or_go_on(
