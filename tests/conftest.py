@@ -39,6 +39,7 @@ for option, value in CACHE_OPTIONS.items():
 os.environ |= {option.upper(): str(value) for option, value in CACHE_OPTIONS.items()}
 
 MEMORY_OF_PROGRAMS = 20  # tests
+TESTS_DONE = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,6 @@ def few_programs_in_memory():
         gc.collect()
 
 
-TESTS_DONE = itertools.count(1)
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
 TINY_MODEL = {
