@@ -9,7 +9,7 @@ FLOORS = [
     set(names.split())
     for names in (
         "command_line config interruption mesh metrics run_directory tensor_files tokenizer",
-        "builtin_data charts data drift loss manifest model optimizer samples weights",
+        "builtin_data charts data drift flops loss manifest model optimizer samples weights",
         "dataset_sources inspection preflight steps",
         "checkpointing debug_checks evaluation fitting generation overfitting",
         "comparison saved_model training",
