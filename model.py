@@ -8,7 +8,6 @@ K or A microbatches.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
 import chex
 import jax
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from attention import causal_attention, causal_weights
 from config import ModelConfig
+from layer_norm import LayerNorm
 
 INIT_STD = 0.02
-NORM_EPSILON = 1e-5
 
 
 def initializer(std: float) -> nnx.Initializer:
@@ -54,29 +54,12 @@ class CausalSelfAttention(nnx.Module):
         heads = (batch, length, self.n_heads, width // self.n_heads)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
         if dropout_rngs is None or self.dropout.rate == 0:
-            mixed_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=attention_implementation(q_BTNH)
-            )
+            mixed_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH)
         else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
             weights_BNTT = causal_weights(q_BTNH, k_BTNH)
             weights_BNTT = self.dropout(weights_BNTT, rngs=dropout_rngs).astype(v_BTNH.dtype)
             mixed_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
         return self.output(mixed_BTNH.reshape(x_BTD.shape))
-
-
-def attention_implementation(q_BTNH: jax.Array) -> Literal["cudnn", "xla"]:
-    """Choose cuDNN by name where it can serve: left to itself, JAX takes plain XLA on a GPU too."""
-    half_precision = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half_precision and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-
-
-def causal_weights(q_BTNH: jax.Array, k_BTNH: jax.Array) -> jax.Array:
-    """Return softmax attention weights (B, N, T, T) in float32, zero above the diagonal."""
-    scores_BNTT = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH, preferred_element_type=jnp.float32)
-    scores_BNTT = scores_BNTT * q_BTNH.shape[-1] ** -0.5
-    seen_TT = jnp.tril(jnp.ones(scores_BNTT.shape[-2:], bool))
-    return jax.nn.softmax(jnp.where(seen_TT[None, None], scores_BNTT, -jnp.inf), axis=-1)
 
 
 class FeedForward(nnx.Module):
@@ -97,9 +80,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.shortcut = config.shortcut
-        self.attention_norm = layer_norm(config, rngs) if config.pre_norm else None
+        self.attention_norm = LayerNorm(config.emb_dim, rngs) if config.pre_norm else None
         self.attention = CausalSelfAttention(config, drop_rate, dtype, rngs)
-        self.feed_forward_norm = layer_norm(config, rngs) if config.pre_norm and config.feed_forward else None
+        self.feed_forward_norm = LayerNorm(config.emb_dim, rngs) if config.pre_norm and config.feed_forward else None
         self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
         self.dropout = nnx.Dropout(drop_rate)
 
@@ -141,7 +124,7 @@ class GPTModel(nnx.Module):
         )
         self.dropout = nnx.Dropout(drop_rate)
         self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
-        self.output_norm = layer_norm(config, rngs) if config.output_norm else None
+        self.output_norm = LayerNorm(config.emb_dim, rngs) if config.output_norm else None
         self.head = (
             None if config.tied_head else nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         )
@@ -186,10 +169,6 @@ class GPTModel(nnx.Module):
         flat = hidden_BTD.reshape(-1, self.config.emb_dim).astype(self.dtype)  # one large product, not B small ones
         logits = flat @ self.head_table.T.astype(self.dtype)
         return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
-
-
-def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.emb_dim, epsilon=NORM_EPSILON, rngs=rngs)  # float32, whatever the compute dtype
 
 
 def residual_std(config: ModelConfig) -> float:
