@@ -76,7 +76,7 @@ def describe_rejection(
     themselves, and the index in the token file of every sequence's first token.
     """
     losses = [finite(loss) for call in evidence for loss in call["losses"].tolist()]
-    is_finite_P = np.all([call["gradients_finite"] for call in evidence], axis=0)
+    is_finite_P = np.all([np.isfinite(call["gradient_norms"]) for call in evidence], axis=0)
     norms = [[finite(norm) for norm in call["gradient_norms"].tolist()] for call in evidence]
     return {
         "global_step": global_step,

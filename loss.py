@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-LOGIT_BYTES = {"cpu": 2**25, "gpu": 2**30}  # float32, of one chunk: large enough for fast products, else small
+LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**30}  # float32, of one chunk: large enough for fast products, else small
+VOCAB_MULTIPLE = {"cpu": 1, "gpu": 128}  # tensor cores like round numbers: 50,257 becomes 50,304
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -37,11 +38,13 @@ def fused_cross_entropy(
     targets_BT: jax.Array,
     dtype: DTypeLike = jnp.float32,
     rows_per_chunk: int | None = None,
+    vocab_multiple: int | None = None,
 ) -> jax.Array:
     """Return `cross_entropy(hidden @ head.T, targets)` without ever holding all logits.
 
     Takes hidden states (…, D), the output head (V, D), and target ids (…) of any integer type, each below V. Products
-    are computed in `dtype`; their sums, the log-sum-exp, the loss and the head's gradient are float32.
+    are computed in `dtype`; their sums, the log-sum-exp, the loss and the head's gradient are float32. The rows of a
+    chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the device unless given.
     Returns a scalar.
     """
     chex.assert_type(targets_BT, int, custom_message="target ids")
@@ -50,14 +53,17 @@ def fused_cross_entropy(
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_M = targets_BT.reshape(-1).astype(jnp.int32)
     rows = len(targets_M)
-    chunks = -(-rows // (rows_per_chunk or chunk_size(head_VD.shape[0], jax.default_backend())))
+    platform = jax.default_backend()
+    chunks = -(-rows // (rows_per_chunk or chunk_size(head_VD.shape[0], platform)))
+    chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks
+    vocab_padding = -len(head_VD) % (vocab_multiple or VOCAB_MULTIPLE.get(platform, 1))
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
 
     weights_M = jnp.full(rows, 1 / rows, jnp.float32)  # padded with 0: such rows count for nothing
-    return _loss(jnp.dtype(dtype), split(hidden_MD), head_VD, split(targets_M), split(weights_M))
+    return _loss(jnp.dtype(dtype), vocab_padding, split(hidden_MD), head_VD, split(targets_M), split(weights_M))
 
 
 def chunk_size(vocab_size: int, platform: str) -> int:
@@ -66,63 +72,83 @@ def chunk_size(vocab_size: int, platform: str) -> int:
     return 2 ** max(rows.bit_length() - 1, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(
-    dtype: jnp.dtype, hidden_CRD: jax.Array, head_VD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
+    dtype: jnp.dtype,
+    vocab_padding: int,
+    hidden_CRD: jax.Array,
+    head_VD: jax.Array,
+    targets_CR: jax.Array,
+    weights_CR: jax.Array,
 ) -> jax.Array:
     """Sum the weighted losses of all rows: what runs when nobody asks for gradients."""
-    head_VD = head_VD.astype(dtype)
+    padded_VD = _pad(head_VD.astype(dtype), vocab_padding)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_RD, targets_R, weights_R = chunk
-        losses_R, _ = _losses_and_shares(hidden_RD.astype(dtype), head_VD, targets_R)
+        losses_R, _ = _losses_and_shares(hidden_RD.astype(dtype), padded_VD, targets_R, len(head_VD))
         return total + losses_R @ weights_R, None
 
     return jax.lax.scan(add, jnp.zeros(()), (hidden_CRD, targets_CR, weights_CR))[0]
 
 
 def _loss_and_gradients(
-    dtype: jnp.dtype, hidden_CRD: jax.Array, head_VD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
+    dtype: jnp.dtype,
+    vocab_padding: int,
+    hidden_CRD: jax.Array,
+    head_VD: jax.Array,
+    targets_CR: jax.Array,
+    weights_CR: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    head_VD = head_VD.astype(dtype)
-    ids_V1 = jnp.arange(head_VD.shape[0])[:, None]
+    padded_VD = _pad(head_VD.astype(dtype), vocab_padding)
+    ids_V1 = jnp.arange(len(padded_VD))[:, None]
 
     def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         hidden_RD, targets_R, weights_R = chunk
         hidden_RD = hidden_RD.astype(dtype)
-        losses_R, shares_VR = _losses_and_shares(hidden_RD, head_VD, targets_R)
+        losses_R, shares_VR = _losses_and_shares(hidden_RD, padded_VD, targets_R, len(head_VD))
         slopes_VR = (shares_VR - (ids_V1 == targets_R[None])) * weights_R[None]  # d loss / d logits
         slopes_VR = slopes_VR.astype(dtype)
-        hidden_slopes_RD = _product("vr,vd->rd", slopes_VR, head_VD)
+        hidden_slopes_RD = _product("vr,vd->rd", slopes_VR, padded_VD)
         head_slopes_VD = _product("vr,rd->vd", slopes_VR, hidden_RD)
         return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_VD), hidden_slopes_RD
 
-    zeros = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32))
+    zeros = (jnp.zeros(()), jnp.zeros(padded_VD.shape, jnp.float32))
     (loss, head_slopes_VD), hidden_slopes_CRD = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
-    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD)
+    # in the head's own type, which may be half precision already
+    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD[: len(head_VD)].astype(head_VD.dtype))
 
 
 def _scale_gradients(
-    dtype: jnp.dtype, slopes: tuple[jax.Array, jax.Array], slope: jax.Array
+    dtype: jnp.dtype, vocab_padding: int, slopes: tuple[jax.Array, jax.Array], slope: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     hidden_slopes_CRD, head_slopes_VD = slopes
-    return slope.astype(hidden_slopes_CRD.dtype) * hidden_slopes_CRD, slope * head_slopes_VD, None, None
+    scaled_VD = slope.astype(head_slopes_VD.dtype) * head_slopes_VD
+    return slope.astype(hidden_slopes_CRD.dtype) * hidden_slopes_CRD, scaled_VD, None, None
 
 
 _loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _losses_and_shares(hidden_RD: jax.Array, head_VD: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each row (R) and softmax of its logits (V, R), both float32.
+def _losses_and_shares(
+    hidden_RD: jax.Array, padded_VD: jax.Array, targets_R: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each row (R) and softmax of its logits (V, R), both float32; padded tokens have no share.
 
     The vocabulary comes first: XLA's products on the CPU are up to twice as fast so.
     """
-    logits_VR = _product("vd,rd->vr", head_VD, hidden_RD)
+    logits_VR = _product("vd,rd->vr", padded_VD, hidden_RD)
+    if len(padded_VD) > vocab_size:
+        logits_VR = jnp.where((jnp.arange(len(padded_VD)) < vocab_size)[:, None], logits_VR, -jnp.inf)
     largest_1R = logits_VR.max(axis=0, keepdims=True)
     exponentials_VR = jnp.exp(logits_VR - largest_1R)
     sums_1R = exponentials_VR.sum(axis=0, keepdims=True)
     chosen_1R = jnp.take_along_axis(logits_VR, targets_R[None], axis=0)
     return (jnp.log(sums_1R) + largest_1R - chosen_1R)[0], exponentials_VR / sums_1R
+
+
+def _pad(head_VD: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(head_VD, ((0, rows), (0, 0)))
 
 
 def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

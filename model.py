@@ -171,6 +171,11 @@ class GPTModel(nnx.Module):
         return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
 
 
+def compute_copy(params: nnx.State, dtype: DTypeLike) -> nnx.State:
+    """Cast the matrices that only enter products to the compute dtype, so that it is done once and not at every use."""
+    return nnx.map(lambda path, x: x.astype(dtype) if path[-1] == "kernel" or path[0] == "head" else x, params)
+
+
 def residual_std(config: ModelConfig) -> float:
     return INIT_STD / (2 * config.n_layers) ** 0.5
 

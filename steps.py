@@ -15,7 +15,7 @@ from flax import nnx
 from config import TrainConfig
 from data import Batch
 from loss import fused_cross_entropy
-from model import GPTModel
+from model import GPTModel, compute_copy
 from optimizer import update_report
 from weights import named_arrays
 
@@ -93,36 +93,32 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
     """
     graph, params = nnx.split(model)
     global_step, first = batch.position
-
-    def microbatch_loss(
-        params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array
-    ) -> jax.Array:
-        rngs = rngs_of(seed_key, global_step, microbatch)
-        return model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
-
-    def add(total: Any, microbatch: Any) -> tuple[Any, jax.Array]:
-        loss_and_grads = jax.value_and_grad(microbatch_loss)(params, *microbatch)
-        return jax.tree.map(jnp.add, total, loss_and_grads), loss_and_grads[0]
-
     count = batch.inputs.shape[0]
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, losses_A = jax.lax.scan(
-        add, zeros, (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
-    )
-    loss, grads = jax.tree.map(lambda x: x / count, total)
-    return loss, grads, losses_A
+
+    def share(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array) -> Any:
+        rngs = rngs_of(seed_key, global_step, microbatch)
+        loss = model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
+        return loss / count, loss
+
+    cast = compute_copy(params, model.dtype)
+
+    def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
+        grads, loss = jax.grad(share, has_aux=True)(cast, *microbatch)
+        return jax.tree.map(jnp.add, total, grads), loss  # in float32
+
+    microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
+    grads, losses_A = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
+    return losses_A.mean(), grads, losses_A
 
 
 def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
-    """Return what tells where a gradient stopped being finite: three small arrays.
+    """Return what tells where a gradient stopped being finite: the loss of each microbatch and gradient norms.
 
-    The loss of each microbatch (A,), and of every parameter, in the order of `weights.named_arrays`, the norm of its
-    gradient and whether all of that is finite (P,). Where one call is a global step, clipping and rejecting need the
-    same sums, and XLA takes them once.
+    The losses are (A,), the norms (P,), in the order of `weights.named_arrays`. Where one call is a global step,
+    clipping and rejecting need the same sums, and XLA takes them once.
     """
     arrays = named_arrays(grads).values()
     return {
         "losses": losses_A,
         "gradient_norms": jnp.stack([optax.tree.norm(array).astype(jnp.float32) for array in arrays]),
-        "gradients_finite": jnp.stack([jnp.isfinite(array).all() for array in arrays]),
     }

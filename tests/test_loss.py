@@ -78,6 +78,24 @@ def test_the_fused_loss_and_its_gradients_are_those_of_float64(rows, rows_per_ch
     np.testing.assert_allclose(slopes[1], head_slopes, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("vocab_multiple", [1, 2, 101, 128])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_padded_vocabulary_changes_nothing(dtype, vocab_multiple):
+    hidden, head, targets = problem()
+    hidden = -10 * jnp.abs(hidden)  # with a head above 0, the padding's logits, 0, would be by far the largest
+    options = {"rows_per_chunk": 4, "dtype": dtype}
+    expected = fused(hidden, jnp.abs(head), targets, vocab_multiple=1, **options)
+    padded = fused(hidden, jnp.abs(head), targets, vocab_multiple=vocab_multiple, **options)
+    for ours, plain in zip(padded, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_are_cut_too():
+    hidden, head, targets = problem((6,))
+    text = jax.jit(fused_cross_entropy).lower(hidden, head, targets).as_text()
+    assert "tensor<101x3xf32>" in text and "tensor<101x6xf32>" not in text
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_fused_loss_takes_extreme_logits(sign):
     hidden, head, targets = problem(scale=sign * 1e4)
@@ -138,7 +156,7 @@ def test_no_array_of_all_tokens_and_the_whole_vocabulary_is_ever_made():
 
 @pytest.mark.parametrize(
     ("vocab_size", "platform", "rows"),
-    [(50257, "cpu", 128), (101, "cpu", 2**16), (2**26, "cpu", 1), (50257, "gpu", 4096), (50257, "tpu", 4096)],
+    [(50257, "cpu", 512), (101, "cpu", 2**18), (2**26, "cpu", 1), (50257, "gpu", 4096), (50257, "tpu", 4096)],
 )
 def test_the_chunk_is_the_largest_power_of_two_whose_logits_fit(vocab_size, platform, rows):
     assert chunk_size(vocab_size, platform) == rows

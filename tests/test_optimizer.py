@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_train_config
 from flax import nnx
 
-from optimizer import join_calls, learning_rate_schedule, make_optimizer, measure_norm, update_report
+from optimizer import guard, join_calls, learning_rate_schedule, make_optimizer, update_report
 
 K = 4
 TOTAL_STEPS = 20
@@ -148,8 +148,27 @@ def test_only_the_last_call_of_a_global_step_changes_parameters():
 
 
 def test_the_joined_norm_is_that_of_the_mean_gradient():
-    joined = join_calls(measure_norm(), 2)
+    joined = join_calls(guard(optax.identity(), 1.0), 2)
     state = joined.init({"w": jnp.zeros(2)})
     for gradient in ([3.0, 0.0], [3.0, 8.0]):
         _, state = joined.update({"w": jnp.array(gradient)}, state, {"w": jnp.zeros(2)})
     assert state.inner_opt_state.gradient_norm == pytest.approx(5.0)
+
+
+def test_a_norm_beyond_float32_is_rejected():
+    model = Line()
+    config = tiny_train_config(gradient_accumulation_steps=1)
+    optimizer = make_optimizer(model, config, TOTAL_STEPS)
+    update(model, optimizer, np.float32([1e30, 1, 0]))  # finite, but not its square
+    assert update_report(optimizer, config)["rejected"]
+    np.testing.assert_array_equal(model.slope[...], [1.0, -2.0])
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 0.5, 2.0, 1e15])
+def test_clipping_leaves_small_gradients_alone_and_keeps_the_direction(norm):
+    gradient = norm * jnp.array([0.6, -0.8])
+    transformation = guard(optax.identity(), 1.0)
+    clipped, _ = transformation.update(gradient, transformation.init(gradient))
+    if norm <= 1:
+        np.testing.assert_array_equal(clipped, gradient)
+    np.testing.assert_allclose(clipped, min(1.0, norm) * np.array([0.6, -0.8]), rtol=1e-6)

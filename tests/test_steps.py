@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_its_place():
     names = list(named_arrays(grads))
     grads["output_norm"]["bias"][...] = jnp.full(32, jnp.nan)
     told = evidence(jnp.zeros(K), grads)
-    assert [name for name, ok in zip(names, told["gradients_finite"]) if not ok] == ["output_norm.bias"]
+    assert [name for name, norm in zip(names, told["gradient_norms"]) if not jnp.isfinite(norm)] == ["output_norm.bias"]
 
 
 @pytest.mark.parametrize("per_call", [K, 1])
@@ -136,7 +136,7 @@ def test_the_evidence_tells_losses_and_gradients_apart(per_call):
     told = [report["evidence"] for report in reports]
     losses = np.concatenate([part["losses"] for part in told])
     assert losses.shape == (K,) and np.mean(losses) == pytest.approx(np.mean([r["loss"] for r in reports]))
-    assert all(part["gradients_finite"].all() and part["gradient_norms"].shape == (len(names),) for part in told)
+    assert all(part["gradient_norms"].shape == (len(names),) for part in told)
     if per_call == K:
         _, grads, _ = nnx.jit(mean_gradient)(tiny_model(), *calls, SEED_KEY)
         expected = [np.linalg.norm(array) for array in named_arrays(grads).values()]
