@@ -43,8 +43,9 @@ def fused_cross_entropy(
     """Return `cross_entropy(hidden @ head.T, targets)` without ever holding all logits.
 
     Takes hidden states (…, D), the output head (V, D), and target ids (…) of any integer type, each below V. Products
-    are computed in `dtype`; their sums, the log-sum-exp, the loss and the head's gradient are float32. The rows of a
-    chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the device unless given.
+    are computed in `dtype`; their sums, the log-sum-exp and the loss are float32, and each gradient has the type of what
+    it belongs to. The rows of a chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the
+    device unless given.
     Returns a scalar.
     """
     chex.assert_type(targets_BT, int, custom_message="target ids")
@@ -115,7 +116,6 @@ def _loss_and_gradients(
 
     zeros = (jnp.zeros(()), jnp.zeros(padded_VD.shape, jnp.float32))
     (loss, head_slopes_VD), hidden_slopes_CRD = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
-    # in the head's own type, which may be half precision already
     return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD[: len(head_VD)].astype(head_VD.dtype))
 
 

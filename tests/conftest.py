@@ -83,8 +83,8 @@ def tiny_train_config(**changes):
     return TrainConfig(**(TINY_TRAIN | changes))
 
 
-def tiny_model(seed=0, *, drop_rate=0.0, **changes):
-    return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate)
+def tiny_model(seed=0, *, drop_rate=0.0, dtype="float32", **changes):
+    return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate, dtype=dtype)
 
 
 @nnx.jit

@@ -1,9 +1,12 @@
+import math
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, logits, random_tokens, tiny_model, tiny_train_config
+from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_train_config
 from flax import nnx
 
 from data import TokenStream
@@ -166,6 +169,49 @@ def test_the_models_and_the_optimisers_old_buffers_are_given_to_the_new_ones():
         [call] = stream().calls(step)
         train_step(model, optimizer, jax.device_put(call), SEED_KEY, config)
     assert all(leaf.is_deleted() for leaf in old)
+
+
+def test_the_compiled_step_holds_no_array_of_all_logits():
+    sequences = 3
+    [call] = stream(K, sequences).calls(0)
+    config, model = tiny_train_config(microbatch_size=sequences), tiny_model()
+    lowered = train_step.lower(model, make_optimizer(model, config, 20), call, SEED_KEY, config)
+    shapes = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", lowered.compile().as_text())
+    }
+    rows = sequences * CONTEXT_LENGTH
+    assert (VOCAB_SIZE, rows // 2) in shapes  # half of a microbatch at a time
+    assert not {shape for shape in shapes if VOCAB_SIZE in shape and math.prod(shape) >= rows * VOCAB_SIZE}
+
+
+def test_weights_are_cast_to_half_precision_once_a_call():
+    graph, params = nnx.split(tiny_model(dtype="bfloat16"))
+    [call] = stream().calls(0)
+    traced = jax.make_jaxpr(lambda params: mean_gradient(nnx.merge(graph, params), call, SEED_KEY)[0])(params)
+    kernels = {(32, 96), (32, 32), (32, 128), (128, 32)}
+    [loop] = [equation for equation in traced.eqns if equation.primitive.name == "scan"]
+    assert casts(traced.jaxpr) >= kernels | {(VOCAB_SIZE, 32)}
+    assert not casts(loop.params["jaxpr"].jaxpr, inside=True) & kernels
+
+
+def casts(jaxpr, *, inside=False):
+    """Return the shapes that a program casts from float32 to bfloat16, in the programs inside it too if asked."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "convert_element_type":
+            source, target = equation.invars[0].aval, equation.outvars[0].aval
+            if (source.dtype, target.dtype) == (jnp.float32, jnp.bfloat16):
+                found.add(target.shape)
+        for inner in jax.tree.leaves(list(equation.params.values())) if inside else []:
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                found |= casts(getattr(inner, "jaxpr", inner), inside=True)
+    return found
+
+
+def test_gradients_are_added_in_float32():
+    [call] = stream().calls(0)
+    _, grads, _ = nnx.jit(mean_gradient)(tiny_model(dtype="bfloat16"), call, SEED_KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
 def test_the_step_moves_nothing_between_host_and_device_unasked():
