@@ -43,8 +43,8 @@ def fused_cross_entropy(
     """Return `cross_entropy(hidden @ head.T, targets)` without ever holding all logits.
 
     Takes hidden states (…, D), the output head (V, D), and target ids (…) of any integer type, each below V. Products
-    are computed in `dtype`; their sums, the log-sum-exp and the loss are float32, and each gradient has the type of what
-    it belongs to. The rows of a chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the
+    are computed in `dtype`; their sums, the log-sum-exp and the loss are float32; gradients have the types of what they
+    belong to. The rows of a chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the
     device unless given.
     Returns a scalar.
     """
