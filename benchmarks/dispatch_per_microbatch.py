@@ -47,9 +47,9 @@ class DispatchPerMicrobatch:
 
     def __init__(self, args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> None:
         self.config, self.train = config, train
+        self.stream = in_jax.make_stream(args, config, train)
         self.model = in_jax.make_model(args, config, train)
         self.optimizer = make_optimizer(self.model, train)
-        self.stream = in_jax.make_stream(args, config, train)
         self.global_step = 0
         self.place_batch()
 

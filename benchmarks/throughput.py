@@ -31,12 +31,12 @@ class Ours:
     def __init__(self, args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> None:
         describe_devices()  # and keep freed memory, as programs of ours do
         self.config, self.train = config, train
+        self.stream = in_jax.make_stream(args, config, train)
         self.model = in_jax.make_model(args, config, train)
         if args.save_weights:
             save_file(host_arrays(nnx.state(self.model, nnx.Param)), args.save_weights)
         self.optimizer = make_optimizer(self.model, train, shapes.SCHEDULE_STEPS)
         self.seed_key = jax.random.key(train.seed)
-        self.stream = in_jax.make_stream(args, config, train)
         self.global_step = 0
         self.place_batch()
         self.step = compile_train_step(self.model, self.optimizer, self.batch[0], self.seed_key, train)

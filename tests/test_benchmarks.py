@@ -45,12 +45,18 @@ def test_both_jax_loops_train_the_same_and_report_the_same_keys(report, tmp_path
     assert len(set(ours["losses"])) == 1 + STEPS  # it trained
 
 
-def test_the_report_says_what_was_trained(report):
-    told = report("throughput", "--tied", "--microbatches-per-call", 1, "--precision", "bfloat16")
-    assert told["model"]["tied_head"] and told["train"]["precision"] == "bfloat16"
-    assert told["parameters"] == (VOCAB_SIZE + CONTEXT_LENGTH) * 32 + 12 * 32**2 + 4 * 32 + 6 * 32 + 2 * 32
+def test_the_report_says_what_was_trained_and_how_fast(report):
+    told = report("throughput")
+    assert told["parameters"] == (2 * VOCAB_SIZE + CONTEXT_LENGTH) * 32 + 12 * 32**2 + 4 * 32 + 6 * 32 + 2 * 32
     assert told["tokens_per_second"] == 2 * 2 * CONTEXT_LENGTH / sorted(told["step_seconds"])[STEPS // 2]
     assert told["peak_host_bytes"] > 10_000_000
+
+
+def test_arguments_override_parts_of_a_shape():
+    options = ["--shape", "gpt2-small", "--tied", "--precision", "bfloat16", "--microbatch", "32"]
+    model, train = shapes.configs(shapes.make_parser("").parse_args(options))
+    assert (model.n_layers, model.tied_head, model.vocab_size) == (12, True, 50257)
+    assert (train.precision, train.microbatch_size, train.gradient_accumulation_steps) == ("bfloat16", 32, 2)
 
 
 def test_a_round_is_trained_for_every_line_of_standard_input(call_program, monkeypatch):
