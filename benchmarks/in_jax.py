@@ -1,0 +1,43 @@
+"""What the two JAX programs share: the model and the tokens that they start from, and what they say of the machine."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import optax
+from shapes import load_tokens
+
+from config import ModelConfig, TrainConfig
+from data import TokenStream
+from model import GPTModel, count_parameters, create_model
+from weights import load_model
+
+
+def make_model(args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> GPTModel:
+    model = create_model(config, train.seed, train.drop_rate, train.precision)
+    if args.weights:
+        load_model(args.weights, model)
+    return model
+
+
+def make_stream(args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> TokenStream:
+    tokens = jax.device_put(load_tokens(args, config, train), jax.local_devices(backend="cpu")[0])
+    shape = (train.gradient_accumulation_steps, train.microbatch_size, config.context_length)
+    return TokenStream(tokens, shape, train.objective, train.seed, train.shuffle)
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    device = jax.local_devices()[0]
+    return {
+        "device": device.device_kind,
+        "versions": {module.__name__: module.__version__ for module in (jax, flax, optax)},
+        "parameters": count_parameters(config),
+        "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def product(size: int, precision: str) -> Callable[[], Any]:
+    matrix = jax.random.normal(jax.random.key(0), (size, size), precision)
+    return lambda: (matrix @ matrix).block_until_ready()

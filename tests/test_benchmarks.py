@@ -1,0 +1,148 @@
+"""The benchmarks that need no PyTorch, on a tiny shape: what they report, and that both loops train the same."""
+
+import io
+import itertools
+import json
+
+import compare
+import pytest
+import shapes
+from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens
+from safetensors.numpy import save_file
+
+STEPS = 3
+SHAPE = {
+    "--layers": 1,
+    "--width": 32,
+    "--heads": 4,
+    "--context": CONTEXT_LENGTH,
+    "--vocab": VOCAB_SIZE,
+    "--microbatch": 2,
+    "--accumulation": 2,
+    "--steps": STEPS,
+}
+ARGUMENTS = [*itertools.chain(*SHAPE.items())]
+
+
+@pytest.fixture
+def report(call_program):
+    def run(name, *arguments):
+        finished = call_program(name, *ARGUMENTS, *arguments)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout)
+
+    return run
+
+
+def test_both_jax_loops_train_the_same_and_report_the_same_keys(report, tmp_path):
+    weights, tokens = tmp_path / "model.safetensors", tmp_path / "tokens.safetensors"
+    save_file({"tokens": random_tokens(1000)}, tokens)
+    ours = report("throughput", "--tokens", tokens, "--save-weights", weights)
+    theirs = report("dispatch_per_microbatch", "--tokens", tokens, "--weights", weights, "--seed", 1)
+    assert ours.keys() == theirs.keys()
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+    assert len(ours["losses"]) == 1 + STEPS
+    assert len(set(ours["losses"])) == 1 + STEPS  # it trained
+
+
+def test_the_report_says_what_was_trained_and_how_fast(report):
+    told = report("throughput")
+    assert told["parameters"] == (2 * VOCAB_SIZE + CONTEXT_LENGTH) * 32 + 12 * 32**2 + 4 * 32 + 6 * 32 + 2 * 32
+    assert told["tokens_per_second"] == 2 * 2 * CONTEXT_LENGTH / sorted(told["step_seconds"])[STEPS // 2]
+    assert told["peak_host_bytes"] > 10_000_000
+
+
+def test_arguments_override_parts_of_a_shape():
+    options = ["--shape", "gpt2-small", "--tied", "--precision", "bfloat16", "--microbatch", "32"]
+    model, train = shapes.configs(shapes.make_parser("").parse_args(options))
+    assert (model.n_layers, model.tied_head, model.vocab_size) == (12, True, 50257)
+    assert (train.precision, train.microbatch_size, train.gradient_accumulation_steps) == ("bfloat16", 32, 2)
+
+
+def test_a_round_is_trained_for_every_line_of_standard_input(call_program, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\n4\n"))
+    finished = call_program("throughput", *ARGUMENTS, "--rounds-from-stdin")
+    rounds = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert [len(told["step_seconds"]) for told in rounds] == [3, 4]
+    assert [len(told["losses"]) for told in rounds] == [1 + 3, 1 + 3 + 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--width", 30], "the arguments: emb_dim=30 is not divisible by n_heads=4; use 28 or change n_heads"),
+        (["--microbatch", 0], "microbatch_size: expected"),
+        (["--steps", 2], "--steps: expected at least 3, got 2"),
+        (["--tokens", "README.md"], "README.md: not a readable safetensors file"),
+        (["--shape", "gpt3"], "invalid choice: 'gpt3'"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(call_program, arguments, named):
+    assert named in complaint(call_program("throughput", *ARGUMENTS, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab"), [(random_tokens(64), VOCAB_SIZE), (random_tokens(1000), VOCAB_SIZE - 1)], ids=["few", "large"]
+)
+def test_tokens_that_do_not_fit_are_refused(call_program, tmp_path, tokens, vocab):
+    tokens[0] = VOCAB_SIZE - 1
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    arguments = [*ARGUMENTS, "--vocab", vocab, "--tokens", tmp_path / "tokens.safetensors"]
+    assert "expected more than 64 `tokens`" in complaint(call_program("throughput", *arguments))
+
+
+class Diary:
+    """A contender that only writes down what is asked of it."""
+
+    def __init__(self, steps_ahead):
+        self.steps_ahead, self.entries, self.count = steps_ahead, [], 0
+
+    def place_batch(self):
+        self.entries.append("place")
+
+    def start_step(self):
+        self.count += 1
+        self.entries.append(f"start {self.count}")
+        return self.count, 0.25 * self.count
+
+    def loss(self, started):
+        self.entries.append(f"loss {started}")
+        return float(started)
+
+
+@pytest.mark.parametrize(
+    ("steps_ahead", "order"),
+    [
+        (0, "start 1, place, loss 1, start 2, place, loss 2, start 3, place, loss 3"),
+        (1, "start 1, place, start 2, place, loss 1, start 3, place, loss 2, loss 3"),
+    ],
+)
+def test_a_step_is_read_as_late_as_it_may_be(steps_ahead, order):
+    diary = Diary(steps_ahead)
+    losses, seconds, dispatch_seconds = shapes.time_steps(diary, 3)
+    assert ", ".join(diary.entries) == order
+    assert losses == [1, 2, 3] and len(seconds) == 3 and dispatch_seconds == 0.5
+
+
+def test_random_tokens_are_below_the_vocabulary_and_skewed():
+    model, train = shapes.configs(shapes.make_parser("").parse_args(["--vocab", "65536", "--microbatch", "1"]))
+    tokens = shapes.load_tokens(shapes.make_parser("").parse_args([]), model, train)
+    assert tokens.dtype == "uint16" and tokens.max() > 60_000
+    assert (tokens < 256).mean() > 0.4
+
+
+def test_ratios_are_told_by_their_median_and_spread():
+    assert compare.spread([1.3, 1.0, 1.1, 1.2, 2.0]) == {
+        "median": 1.2,
+        "lower_quartile": 1.1,
+        "upper_quartile": 1.3,
+        "min": 1.0,
+        "max": 2.0,
+    }
+
+
+def test_what_follows_two_dashes_is_for_the_programs(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["compare.py", "a", "b", "--pairs", "3", "--", "--shape", "S"])
+    assert shapes.split_arguments() == (["a", "b", "--pairs", "3"], ["--shape", "S"])
+    monkeypatch.setattr("sys.argv", ["compare.py", "a", "b"])
+    assert shapes.split_arguments() == (["a", "b"], [])
