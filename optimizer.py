@@ -81,7 +81,8 @@ def guard(inner: optax.GradientTransformation, max_norm: float) -> optax.Gradien
             return jax.tree.map(jnp.zeros_like, grads), inner_state
 
         rejected = ~jnp.isfinite(norm)
-        updates, inner_state = jax.lax.cond(rejected, reject, accept, grads, state.inner_state, params)
+        # In this order: with `reject` first XLA copies every moment.
+        updates, inner_state = jax.lax.cond(~rejected, accept, reject, grads, state.inner_state, params)
         in_a_row = jnp.where(rejected, state.consecutive_rejections + 1, 0)
         return updates, GuardState(norm, rejected, state.rejected_updates + rejected, in_a_row, inner_state)
 

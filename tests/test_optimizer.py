@@ -172,3 +172,11 @@ def test_clipping_leaves_small_gradients_alone_and_keeps_the_direction(norm):
     if norm <= 1:
         np.testing.assert_array_equal(clipped, gradient)
     np.testing.assert_allclose(clipped, min(1.0, norm) * np.array([0.6, -0.8]), rtol=1e-6)
+
+
+def test_an_update_needs_no_copy_of_the_moments():
+    model = nnx.Linear(256, 256, rngs=nnx.Rngs(0))
+    optimizer = make_optimizer(model, tiny_train_config(gradient_accumulation_steps=1), TOTAL_STEPS)
+    update = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads), donate_argnums=(0, 1))
+    stats = update.lower(model, optimizer, nnx.state(model, nnx.Param)).compile().memory_analysis()
+    assert stats.temp_size_in_bytes < model.kernel[...].nbytes
