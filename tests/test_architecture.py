@@ -14,6 +14,7 @@ FLOORS = [
         "checkpointing debug_checks evaluation fitting generation overfitting",
         "comparison saved_model training",
         "saving starting watching",
+        "loop",
         "compare_runs inspect_checkpoint prove_resume test_a_to_a test_generation train",
     )
 ]

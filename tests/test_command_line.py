@@ -125,3 +125,25 @@ def test_the_program_goes_on_when_its_reader_leaves():
         process.stdout.close()
         assert process.stderr.read() == "the last word\n"
         assert process.wait(timeout=60) == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --help",
+        "train runs/nowhere",
+        "train --check --debug-checks",
+        "compare_runs runs/nowhere",
+        "inspect_checkpoint one two three",
+        "test_a_to_a --help",
+        "test_generation model.safetensors --tokens 0",
+    ],
+)
+def test_help_and_typing_errors_do_not_wait_for_jax(arguments):
+    name, *rest = arguments.split()
+    code = f"import sys, command_line, {name}; sys.argv = {[f'{name}.py', *rest]}"
+    code += f"\ntry: command_line.run({name}.main, {name}.make_parser())"
+    code += "\nfinally: print(*{'jax', 'flax', 'orbax', 'matplotlib', 'numpy'} & sys.modules.keys(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    told = done.stdout.startswith("usage: ") if "--help" in rest else done.stderr.startswith("error: ")
+    assert told and done.stderr.splitlines()[-1] == "", done.stderr
