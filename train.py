@@ -5,6 +5,7 @@ once.
 """
 
 import argparse
+import os
 import signal
 import traceback
 from pathlib import Path
@@ -25,6 +26,8 @@ def main(args: argparse.Namespace) -> int:
     watching = args.from_checkpoint or args.hash_parameters or args.debug_checks or args.accept_changes
     if args.instead and watching:
         raise ValueError("expected one of --check, --overfit-one-batch, --find-microbatch alone: it trains nothing")
+    if args.no_compilation_cache:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # which JAX reads when it is imported
     if args.run is None:
         if args.hash_parameters:  # which would take the run's folder for its pattern
             raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
@@ -156,6 +159,9 @@ def make_parser() -> command_line.ArgumentParser:
         action="store_true",
         help="stop at the first parameter, hidden state, logit, loss or gradient that is not finite, and say where; "
         "every step then takes more than twice as long",
+    )
+    parser.add_argument(
+        "--no-compilation-cache", action="store_true", help="compile anew, and do not keep it for the next start"
     )
     instead = parser.add_mutually_exclusive_group()
     for option, function, text in (

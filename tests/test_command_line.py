@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ def test_help_exits_0_and_knows_debug(outcome):
 
 def test_arguments_reach_main(outcome):
     assert outcome(lambda args: args.steps, "--steps", "7")[0] == 7
+
+
+def test_a_warning_is_one_line_without_its_place_in_the_code(outcome):
+    def main(args):
+        warnings.warn("a library\nis worried", UserWarning, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert outcome(main) == (0, "", "WARNING a library is worried\n")
 
 
 def test_every_line_that_is_said_carries_a_date(capsys):
