@@ -13,8 +13,9 @@ import fitting
 import preflight
 from command_line import say
 from config import ModelConfig, TrainConfig
+from flops import describe_peak, mfu
 from interruption import StopRequest, listening
-from mesh import describe_devices
+from mesh import describe_devices, device_kind
 from run_directory import RunDirectory
 from saving import Saver
 from starting import go_on_from, set_up, tokens_available, whole_steps
@@ -35,7 +36,11 @@ from watching import Watcher
 
 
 def train_or_go_on(
-    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, stop: StopRequest
+    run: RunDirectory,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    stop: StopRequest,
 ) -> int:
     total = whole_steps(run, model_config, config)
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
@@ -50,6 +55,7 @@ def train_or_go_on(
             return command_line.DONE
     say(describe_devices())
     say(*preflight.describe(run, model_config, config, tokens_available(config)))
+    say(describe_peak(device_kind(), config.precision))
     training = set_up(run, model_config, config, total)
     watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if training.val_stream is None:
@@ -133,6 +139,9 @@ def finish_step(training: Training, step: int, reports: list[Report], checksum: 
     record, lines = collect(training, step, reports, checksum)
     say(*lines)
     loss = math.nan if record["loss"] is None else record["loss"]
-    bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second(training):,.0f} tokens/s", refresh=False)
+    speed = tokens_per_second(training)
+    share = mfu(speed, training.model_config, device_kind(), training.config.precision)
+    shown_share = f", MFU {share:.1%}" if share else ""
+    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{shown_share}", refresh=False)
     bar.update()
     return record["consecutive_rejections"] >= training.config.max_consecutive_rejections

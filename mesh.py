@@ -40,6 +40,11 @@ def describe_devices() -> str:
     return f"running on {device.device_kind}{unused}"
 
 
+def device_kind() -> str:
+    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
+    return jax.local_devices()[0].device_kind
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what a step on the CPU frees, instead of asking the system for the same pages at every step.
 
