@@ -20,6 +20,7 @@ from run_directory import RunDirectory
 from saving import Saver
 from starting import go_on_from, set_up, tokens_available, whole_steps
 from steps import compile_train_step
+from stopwatch import Stopwatch
 from training import (
     ABOUT_TO_STEP,
     Report,
@@ -41,6 +42,7 @@ def train_or_go_on(
     config: TrainConfig,
     args: argparse.Namespace,
     stop: StopRequest,
+    stopwatch: Stopwatch,
 ) -> int:
     total = whole_steps(run, model_config, config)
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
@@ -56,7 +58,7 @@ def train_or_go_on(
     say(describe_devices())
     say(*preflight.describe(run, model_config, config, tokens_available(config)))
     say(describe_peak(device_kind(), config.precision))
-    training = set_up(run, model_config, config, total)
+    training = set_up(run, model_config, config, total, stopwatch)
     watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if training.val_stream is None:
         say("no validation tokens: best goes by training loss")
@@ -73,6 +75,7 @@ def train_or_go_on(
         f"left at once; to go on from the last checkpoint: {resume_line}",
     ):
         train(training, stop, watcher)
+    say(stopwatch.describe())
     if training.global_step == total and not training.lacks_milestone:
         share = training.seconds_paused / training.seconds
         say(f"finished: {training.seconds:,.0f} s of training, {share:.1%} of them waiting for checkpoints")
@@ -89,14 +92,16 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
 
     Raises RuntimeError, with everything saved, when too many updates in a row were rejected.
     """
-    config, total = training.config, training.total_steps
+    config, total, stopwatch = training.config, training.total_steps, training.stopwatch
     seed_key = jax.random.key(config.seed)
     batch, checksum = place_batch(training)
     in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
     is_stuck, finding = False, None
     say(ABOUT_TO_STEP)
+    stopwatch.turn_to("compiling")
     step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
     say(fitting.check(step, training.model_config, config))
+    stopwatch.turn_to("steps")
     with (
         Saver(training, lambda: bool(stop)) as saver,
         tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar,
@@ -111,7 +116,8 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
             training.global_step += 1
             in_flight.append((training.global_step, reports, checksum))
             if training.global_step < total:
-                batch, checksum = place_batch(training)  # while the device works on this step
+                with stopwatch.during("preparing data"):  # while the device works on this step
+                    batch, checksum = place_batch(training)
             say(*watcher.after_step(reports))
             is_due, is_wanted = at_milestone(training), stop.take_save_request()
             while len(in_flight) > (0 if is_due or is_wanted else 1):

@@ -17,6 +17,7 @@ from command_line import say
 from config import ModelConfig, TrainConfig, load_config
 from interruption import StopRequest
 from run_directory import RunDirectory, find_runs
+from stopwatch import Stopwatch
 
 RUNS = Path("runs")
 
@@ -43,13 +44,14 @@ def main(args: argparse.Namespace) -> int:
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
     model_config = load_config(run.model_config, ModelConfig)
     config = load_config(run.train_config, TrainConfig)
+    stopwatch = Stopwatch("starting")
     try:
         if args.instead:
             return args.instead(run, model_config, config)
         with run.lock():
             from loop import train_or_go_on
 
-            return train_or_go_on(run, model_config, config, args, stop)
+            return train_or_go_on(run, model_config, config, args, stop, stopwatch)
     except Exception as error:
         if not command_line.is_out_of_device_memory(error):
             raise

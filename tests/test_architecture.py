@@ -8,7 +8,7 @@ from conftest import ROOT
 FLOORS = [
     set(names.split())
     for names in (
-        "command_line compilation_cache config interruption metrics run_directory tensor_files tokenizer",
+        "command_line compilation_cache config interruption metrics run_directory stopwatch tensor_files tokenizer",
         "builtin_data charts data drift flops loss manifest mesh model optimizer samples weights",
         "dataset_sources inspection preflight steps",
         "checkpointing debug_checks evaluation fitting generation overfitting",
