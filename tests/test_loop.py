@@ -1,11 +1,13 @@
-"""The training loop: what it shows."""
+"""The training loop: what it shows, and that nothing moves between host and device behind its back."""
 
 import re
 from functools import partial
 
+import jax
 import pytest
 
 import loop
+import steps
 
 
 @pytest.fixture
@@ -25,3 +27,27 @@ def test_the_progress_bar_shows_speed_and_mfu_where_the_peak_is_known(train, mak
     finished = train(make_run())
     assert re.search(line, finished.stdout)
     assert re.search(rf"loss \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_nothing_moves_between_host_and_device_unasked(train, make_run, monkeypatch, per_call):
+    """From the second step to the end of the run, only explicit `device_put` and `device_get` are allowed.
+
+    On the CPU the guard sees what goes to the device, not what comes back.
+    """
+    call, calls = steps.Compiled.__call__, 0
+
+    def call_under_guard(compiled, *arguments):
+        nonlocal calls
+        calls += compiled._name == "training step"
+        if calls == 2 * 4 // per_call:
+            jax.config.update("jax_transfer_guard", "disallow")
+        return call(compiled, *arguments)
+
+    monkeypatch.setattr(steps.Compiled, "__call__", call_under_guard)
+    try:
+        finished = train(make_run(train={"microbatches_per_call": per_call}))
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert finished.returncode == 0, finished.stderr
+    assert calls == 12 * 4 // per_call
