@@ -1,23 +1,28 @@
-"""Metrics to PNG: loss, learning rate, gradient norm over global steps. Never touches JAX."""
+"""Metrics to PNG: loss, learning rate, gradient norm over global steps. Never touches JAX.
+
+Matplotlib takes a second to import, so that waits for the first chart.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from typing import TYPE_CHECKING, NamedTuple
 
 from metrics import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOG_SCALE_FROM = 8  # ratio of the largest to the smallest loss above which a logarithmic axis reads better
 MAX_POINTS = 400  # periods on the loss chart; a band of more is a blur
 SMOOTH_POINTS = 60  # of each run's training loss where runs are compared
+COMPARISON = "comparison.png"  # unless another name is asked for
+X_LABELS = {  # where runs are compared
+    "tokens": "training tokens",
+    "steps": "global step",
+    "seconds": "seconds of training steps, compiling included",
+}
 
 
 class Curve(NamedTuple):
@@ -61,7 +66,7 @@ def draw_loss(
             )
         if min(lows) > 0 and max(highs) / min(lows) > LOG_SCALE_FROM:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_formatter("{x:g}")
 
 
 def draw_learning_rate(path: Path, records: list[Record], *, title: str) -> None:
@@ -100,11 +105,13 @@ def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: 
             )
         if any(value > 0 for value in y):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_formatter("{x:g}")
 
 
 def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
     """Draw several runs: validation loss as dots joined by a line, smoothed training loss as a thin line."""
+    import matplotlib
+
     colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
     with _figure(path, "dots: validation; thin lines: training, smoothed", "loss (nats per token)", x_label) as axes:
         for number, curve in enumerate(curve for curve in curves if curve.training):
@@ -132,15 +139,17 @@ def _periods(records: list[Record], period: int) -> tuple[list[float], list[floa
 
 
 @contextlib.contextmanager
-def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") -> Iterator[Axes]:
+def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") -> Iterator["Axes"]:
     """Give the axes of a new chart and write it under its name when complete."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     yield axes
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")

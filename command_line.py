@@ -1,4 +1,4 @@
-"""The manners that all programs share: one-line errors, exit codes, `--debug`, dated lines."""
+"""The manners that all programs share: one-line errors and warnings, exit codes, `--debug`, dated lines."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -71,6 +72,7 @@ def run(
     ValueError is what the user can mend (2); everything else is a failed run (1).
     """
     args = parser.parse_args(arguments)
+    warnings.showwarning = _show_warning
     output: Any = _LastingStream(sys.stdout)
     errors: Any = _LastingStream(sys.stderr)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -96,6 +98,10 @@ def complain(error: Exception, *, debug: bool) -> int:
 
 def is_out_of_device_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    tqdm.write(f"WARNING {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

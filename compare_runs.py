@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import command_line
-import comparison
+from charts import COMPARISON, X_LABELS
 from run_directory import find_runs
 
 
@@ -15,20 +15,22 @@ def main(args: argparse.Namespace) -> int:
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
     runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
-    print(*comparison.compare(runs, args.x, args.output), sep="\n")
+    from comparison import compare  # which imports JAX: not for a typing error
+
+    print(*compare(runs, args.x, args.output), sep="\n")
     return command_line.DONE
 
 
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
-    parser.add_argument("--x", choices=comparison.X_LABELS, default="tokens", help="the horizontal axis (tokens)")
+    parser.add_argument("--x", choices=X_LABELS, default="tokens", help="the horizontal axis (tokens)")
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(comparison.CHART),
+        default=Path(COMPARISON),
         metavar="FILE.png",
-        help=f"the chart ({comparison.CHART})",
+        help=f"the chart ({COMPARISON})",
     )
     return parser
 

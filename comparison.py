@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import metrics
-from charts import Curve, draw_comparison
+from charts import X_LABELS, Curve, draw_comparison
 from checkpointing import find_checkpoints
 from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
 from model import count_parameters
 from run_directory import RunDirectory
 
-CHART = "comparison.png"  # unless another name is asked for
-X_LABELS = {
-    "tokens": "training tokens",
-    "steps": "global step",
-    "seconds": "seconds of training steps, compiling included",
-}
 Column = Callable[["Trained"], str]
 
 

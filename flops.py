@@ -49,15 +49,30 @@ def flops_per_token(model: ModelConfig) -> int:
 
 def peak_tflops(device_kind: str, precision: str) -> float | None:
     """Return what a device could do at its best, None where the table does not know it."""
-    for name, peak in PEAKS.items():
-        if device_kind.startswith(name):
-            return getattr(peak, precision)
-    return None
+    peak = find_peak(device_kind)
+    return getattr(peak, precision) if peak else None
+
+
+def find_peak(device_kind: str) -> Peak | None:
+    return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
+
+
+def describe_peak(device_kind: str, precision: str) -> str:
+    """Say what MFU is measured against, and where that is from."""
+    peak = find_peak(device_kind)
+    if peak is None:
+        return f"peak    not known for this device ({device_kind}): its speed is told without MFU"
+    return f"peak    {getattr(peak, precision):g} TFLOP/s in {precision}, by {peak.source}"
+
+
+def mfu(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> float | None:
+    """Return which share of the device's peak a speed is, None where the peak is not known."""
+    peak = peak_tflops(device_kind, precision)
+    return tokens_per_second * flops_per_token(model) / 1e12 / peak if peak else None
 
 
 def describe_speed(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> str:
     """Say a speed as tokens/s, TFLOP/s, and MFU where the device's peak is known."""
     tflops = tokens_per_second * flops_per_token(model) / 1e12
-    peak = peak_tflops(device_kind, precision)
-    mfu = f", MFU {tflops / peak:.1%}" if peak else ""
-    return f"{tokens_per_second:,.0f} tokens/s, {tflops:.3g} TFLOP/s{mfu}"
+    share = mfu(tokens_per_second, model, device_kind, precision)
+    return f"{tokens_per_second:,.0f} tokens/s, {tflops:.3g} TFLOP/s" + (f", MFU {share:.1%}" if share else "")

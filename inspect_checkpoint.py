@@ -4,16 +4,16 @@ import argparse
 from pathlib import Path
 
 import command_line
-import manifest
-from checkpointing import MODEL_FILE
-from inspection import array_table
 from run_directory import RunDirectory
-from weights import load_weights
 
 
 def main(args: argparse.Namespace) -> int:
     if len(args.paths) > 2:
         raise ValueError(f"expected one path or two, got {len(args.paths)}")
+    import manifest  # these take seconds: not for a typing error
+    from inspection import array_table
+    from weights import load_weights
+
     files = [find_weights(path) for path in args.paths]
     tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
     for file in files:
@@ -24,6 +24,8 @@ def main(args: argparse.Namespace) -> int:
 
 def find_weights(path: Path) -> Path:
     """Return the weights file of a run (its newest checkpoint's), of a checkpoint, or the file itself."""
+    from checkpointing import MODEL_FILE
+
     for candidate in (path / MODEL_FILE, RunDirectory(path).checkpoints / "latest" / MODEL_FILE):
         if candidate.is_file():
             return candidate

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import jax
 
+from compilation_cache import keep_compiled
+
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
 
 
 def describe_devices() -> str:
-    """Start JAX's backend and say in one line what the program runs on.
+    """Start JAX's backend and say in one line what the program runs on; what it compiles is kept from now on.
 
     JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
     """
+    keep_compiled()
     complaints: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -35,6 +38,11 @@ def describe_devices() -> str:
         return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
     unused = f"; {len(devices) - 1} more are not used" if len(devices) > 1 else ""
     return f"running on {device.device_kind}{unused}"
+
+
+def device_kind() -> str:
+    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
+    return jax.local_devices()[0].device_kind
 
 
 def keep_freed_memory() -> None:

@@ -95,7 +95,8 @@ class Saver:
         """Book the time of the block as waiting for checkpoints, which is no part of the next step."""
         training, started = self._training, time.monotonic()
         try:
-            yield
+            with training.stopwatch.during("checkpoints"):
+                yield
         finally:
             training.last_collected = time.monotonic()
             training.paused += training.last_collected - started
@@ -109,14 +110,18 @@ class Saver:
         if self._stop():
             return False, []
         if training.val_stream:
-            self._eval_step = self._eval_step or compile_for(training.model, training.val_stream)
-            loss = mean_loss(training.model, training.val_stream, self._stop, self._eval_step)
+            if self._eval_step is None:
+                with training.stopwatch.during("compiling"):
+                    self._eval_step = compile_for(training.model, training.val_stream)
+            with training.stopwatch.during("validation"):
+                loss = mean_loss(training.model, training.val_stream, self._stop, self._eval_step)
             if loss is None:
                 return False, []
             record["val_loss"] = metrics.finite(loss)
             if training.num_written == len(training.records):  # made up for on resume
                 metrics.rewrite(training.run.metrics, training.records)
-        text = sample(training)
+        with training.stopwatch.during("samples"):
+            text = sample(training)
         if text:
             samples.append(training.run.samples, training.global_step, text)
         self._measured_step = training.global_step

@@ -11,6 +11,7 @@ from dataset_sources import dataset_folder, dataset_revision
 from model import create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory
+from stopwatch import Stopwatch
 from training import Training, at_milestone, cut_after
 
 
@@ -51,7 +52,9 @@ def describe_progress(run: RunDirectory) -> str:
     return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
 
 
-def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int) -> Training:
+def set_up(
+    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int, stopwatch: Stopwatch
+) -> Training:
     """Load the tokens, and build a fresh model and optimiser."""
     folder = dataset_folder(config.dataset)
     train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs)
@@ -76,6 +79,7 @@ def set_up(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, to
         val_stream=val_stream,
         snapshot=drift.snapshot(model_config, config, prints),
         landmarks=landmarks,
+        stopwatch=stopwatch,
     )
 
 

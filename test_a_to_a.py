@@ -5,15 +5,12 @@ This is a program, not a pytest test.
 
 import argparse
 from pathlib import Path
-
-import numpy as np
-from flax import nnx
+from typing import TYPE_CHECKING
 
 import command_line
-import tokenizer
-from mesh import describe_devices
-from model import GPTModel
-from saved_model import load_saved_model
+
+if TYPE_CHECKING:
+    from model import GPTModel
 
 # The first verse of "The Rime of the Ancient Mariner", Samuel Taylor Coleridge, 1834.
 POEM = """It is an ancient Mariner,
@@ -23,6 +20,10 @@ Now wherefore stopp'st thou me?"""
 
 
 def main(args: argparse.Namespace) -> int:
+    import tokenizer  # these take seconds: not for `--help`
+    from mesh import describe_devices
+    from saved_model import load_saved_model
+
     describe_devices()
     model = load_saved_model(args.model)
     token_ids = tokenizer.encode(args.text)
@@ -37,8 +38,11 @@ def main(args: argparse.Namespace) -> int:
     return command_line.DONE if matches == len(token_ids) else command_line.FAILED
 
 
-def most_likely(model: GPTModel, token_ids: list[int]) -> list[int]:
+def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
     """Return the likeliest output at every position; a text longer than the context is read in pieces."""
+    import numpy as np
+    from flax import nnx
+
     length = model.config.context_length
     logits = nnx.jit(lambda model, tokens: model(tokens))
     pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]

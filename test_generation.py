@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import command_line
-import tokenizer
-from generation import generate
-from mesh import describe_devices
-from saved_model import load_saved_model
 
 
 def main(args: argparse.Namespace) -> int:
     check(args)
+    import tokenizer  # these take seconds: not for a typing error
+    from generation import generate
+    from mesh import describe_devices
+    from saved_model import load_saved_model
+
     describe_devices()
     model = load_saved_model(args.model)
     prompt_ids = tokenizer.encode(args.prompt)

@@ -19,6 +19,7 @@ from data import Batch, TokenStream
 from inspection import describe_rejection
 from model import GPTModel
 from run_directory import RunDirectory
+from stopwatch import Stopwatch
 from weights import named_arrays
 
 ABOUT_TO_STEP = "compiling the training step"  # said when everything is loaded; prove_resume.py waits for it
@@ -40,6 +41,7 @@ class Training:
     val_stream: TokenStream | None
     snapshot: dict[str, Any]  # what a checkpoint remembers of configs, data and versions
     landmarks: dict[str, float]  # losses to compare with, in nats
+    stopwatch: Stopwatch  # of this process
     global_step: int = 0
     saved_step: int = 0  # of the newest checkpoint that is whole on the disk
     seconds_before: float = 0.0  # trained by earlier processes

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,16 @@ def test_arguments_reach_main(outcome):
     assert outcome(lambda args: args.steps, "--steps", "7")[0] == 7
 
 
+def test_a_warning_is_one_line_without_its_place_in_the_code(outcome):
+    def main(args):
+        warnings.warn("a library\nis worried", UserWarning, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert outcome(main) == (0, "", "WARNING a library is worried\n")
+
+
 def test_every_line_that_is_said_carries_a_date(capsys):
     command_line.say("step 3")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 3\n", capsys.readouterr().out)
@@ -125,3 +136,25 @@ def test_the_program_goes_on_when_its_reader_leaves():
         process.stdout.close()
         assert process.stderr.read() == "the last word\n"
         assert process.wait(timeout=60) == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --help",
+        "train runs/nowhere",
+        "train --check --debug-checks",
+        "compare_runs runs/nowhere",
+        "inspect_checkpoint one two three",
+        "test_a_to_a --help",
+        "test_generation model.safetensors --tokens 0",
+    ],
+)
+def test_help_and_typing_errors_do_not_wait_for_jax(arguments):
+    name, *rest = arguments.split()
+    code = f"import sys, command_line, {name}; sys.argv = {[f'{name}.py', *rest]}"
+    code += f"\ntry: command_line.run({name}.main, {name}.make_parser())"
+    code += "\nfinally: print(*{'jax', 'flax', 'orbax', 'matplotlib', 'numpy'} & sys.modules.keys(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    told = done.stdout.startswith("usage: ") if "--help" in rest else done.stderr.startswith("error: ")
+    assert told and done.stderr.splitlines()[-1] == "", done.stderr

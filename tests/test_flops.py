@@ -3,7 +3,7 @@
 import pytest
 
 from config import ModelConfig
-from flops import PEAKS, describe_speed, flops_per_token, peak_tflops
+from flops import PEAKS, describe_peak, describe_speed, flops_per_token, peak_tflops
 
 SMALL = ModelConfig(vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, qkv_bias=False)
 
@@ -49,3 +49,9 @@ def test_no_name_of_the_table_hides_another() -> None:
 def test_the_share_of_the_peak_is_said_where_it_is_known() -> None:
     assert describe_speed(636_000, SMALL, "NVIDIA H200", "bfloat16") == "636,000 tokens/s, 543 TFLOP/s, MFU 54.9%"
     assert describe_speed(1_300, SMALL, "cpu", "float32") == "1,300 tokens/s, 1.11 TFLOP/s"
+
+
+def test_a_peak_is_told_with_its_source_and_an_unknown_one_as_such() -> None:
+    known = "989.5 TFLOP/s in bfloat16, by https://www.nvidia.com/en-us/data-center/h200/"
+    assert describe_peak("NVIDIA H200", "bfloat16") == f"peak    {known}"
+    assert describe_peak("cpu", "float32").startswith("peak    not known for this device (cpu)")

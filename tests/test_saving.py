@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 import charts
 import checkpointing
 import comparison
+import loop
 import metrics
 import saving
 import steps
-import train as train_program
 from checkpointing import find_checkpoints, verify
 from run_directory import RunDirectory
 
@@ -134,7 +134,7 @@ def test_a_signal_while_compiling_ends_a_run_that_has_nothing_to_save_yet(
 ):
     run = make_run()
     with monkeypatch.context() as patches:
-        on_call(patches, train_program, "compile_train_step", 1, lambda: send(number))
+        on_call(patches, loop, "compile_train_step", 1, lambda: send(number))
         finished = train(run)
     assert finished.returncode == code, finished.stderr
     assert "stopped before the first step; to go on: uv run" in finished.stdout

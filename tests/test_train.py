@@ -57,6 +57,9 @@ def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
     best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
     assert (run / "checkpoints" / "best").resolve().name.endswith(f"iteration-{best['global_step']}")
     assert re.search(r"first loss \d\.\d{4}; a uniform guess over 101 tokens is 4\.6151", first.stdout)
+    [time_line] = re.findall(r"  time    (.*)", first.stdout)
+    parts = {"starting", "compiling", "steps", "preparing data", "validation", "samples", "checkpoints"}
+    assert set(re.findall(r"\d:\d\d:\d\d ([a-z ]+) \(", time_line)) == parts
     before = (run / "metrics.jsonl").read_bytes()
     again = train(run)
     assert again.returncode == 0 and "finished: step 12 of 12" in again.stdout
@@ -109,6 +112,7 @@ def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(tra
     code, output = start_and_signal(interrupted, signal.SIGINT)
     assert code == 130, output
     assert re.search(r"stopped and saved at step \d+ of 96; to go on: uv run train.py \S*interrupted", output)
+    assert re.search(r"  time    .*\d:\d\d:\d\d steps \(", output)
     code, output = start_and_signal(interrupted, signal.SIGKILL, after_step=60)
     assert code == -signal.SIGKILL
     assert train(interrupted).returncode == 0

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
-import train
+import loop
 from metrics import read
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_fails_as_it_is_stopped_keeps_the_next_one_from_starting(call
         stop.signal_number = signal.SIGTERM
         raise OSError("step 3 could not be saved")
 
-    monkeypatch.setattr(train, "train", cannot_save)
+    monkeypatch.setattr(loop, "train", cannot_save)
     finished = call_program("train", ladder)
     assert finished.returncode == 1
     assert finished.stderr.count("could not be saved") == 1

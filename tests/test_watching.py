@@ -12,10 +12,10 @@ from conftest import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
 from flax import nnx
 from safetensors.numpy import save_file
 
+import loop
 import metrics
 import starting
 import steps
-import train as train_program
 import watching
 from checkpointing import find_checkpoints
 from inspection import parameter_hashes
@@ -180,7 +180,7 @@ def test_the_compiled_step_is_the_same_with_and_without_flags(train, make_run, m
         texts.append(compiled._compiled.as_text())
         return compiled
 
-    monkeypatch.setattr(train_program, "compile_train_step", compile_and_keep)
+    monkeypatch.setattr(loop, "compile_train_step", compile_and_keep)
     assert train(make_run("plain")).returncode == 0
     assert train(make_run("watched"), *flags).returncode == 0
     plain, watched = texts

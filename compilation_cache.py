@@ -1,0 +1,78 @@
+"""What JAX compiles is kept between starts, in a folder of the user's own.
+
+It is JAX's cache (https://docs.jax.dev/en/latest/persistent_compilation_cache.html). Its entries are machine code that
+is run as it lies there: a folder into which others may write is not used.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import stat
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+LARGEST_BYTES = 2**30  # of the folder at a start; JAX's own bound costs 0.2 s for every new entry
+OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+COMPLAINT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(\w+)'")
+
+
+def keep_compiled() -> None:
+    """Let JAX keep what it compiles from now on, or warn that it cannot; where the user has told JAX, that holds."""
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return
+    try:
+        folder = private_folder()
+        prune(folder, LARGEST_BYTES)
+    except (OSError, RuntimeError) as error:  # there may be no home
+        warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
+        return
+    for option, value in OPTIONS.items():
+        if option.upper() not in os.environ:
+            config.update(option, value)
+    config.update("jax_compilation_cache_dir", str(folder))
+    mend(folder)
+
+
+def private_folder() -> Path:
+    """Return the folder, made if it is missing. Raises OSError when this user cannot write there, or others can."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outside-in"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} belongs to others, or they may write to it")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+    return folder
+
+
+def prune(folder: Path, largest_bytes: int) -> None:
+    """Remove the entries that were not read for longest, until the others have no more than `largest_bytes`."""
+    by_age = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda entry: -entry[0].st_atime)
+    sizes = itertools.accumulate(status.st_size for status, _ in by_age)
+    for (_, path), size in zip(by_age, sizes):
+        if size > largest_bytes:
+            path.unlink(missing_ok=True)
+
+
+def mend(folder: Path) -> None:
+    """Remove entries that JAX complains of: it compiles in their stead, but never writes over them.
+
+    Only its first complaint is shown: a full disk would cause one for each program.
+    """
+    show, complaints = warnings.showwarning, itertools.count()
+
+    def show_and_mend(*warning: Any, **options: Any) -> None:
+        if complaint := COMPLAINT.match(str(warning[0])):
+            with contextlib.suppress(OSError):
+                for entry in folder.glob(f"{complaint[1]}-*"):
+                    entry.unlink(missing_ok=True)
+            if next(complaints):
+                return
+        show(*warning, **options)
+
+    warnings.showwarning = show_and_mend

@@ -1,0 +1,156 @@
+"""The training loop: a run from its checkpoint, or its beginning, to its end or to a stop that is asked for."""
+
+import argparse
+import math
+
+import jax
+from tqdm import tqdm
+
+import checkpointing
+import command_line
+import drift
+import fitting
+import preflight
+from attention import describe_attention
+from command_line import say
+from config import ModelConfig, TrainConfig
+from flops import describe_peak, mfu
+from interruption import StopRequest, listening
+from mesh import describe_devices, device_kind
+from run_directory import RunDirectory
+from saving import Saver
+from starting import go_on_from, set_up, tokens_available, whole_steps
+from steps import compile_train_step
+from stopwatch import Stopwatch
+from training import (
+    ABOUT_TO_STEP,
+    Report,
+    Training,
+    at_milestone,
+    collect,
+    cut_after,
+    note_metrics,
+    place_batch,
+    set_history_aside,
+    tokens_per_second,
+)
+from watching import Watcher
+
+
+def train_or_go_on(
+    run: RunDirectory,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    stop: StopRequest,
+    stopwatch: Stopwatch,
+) -> int:
+    total = whole_steps(run, model_config, config)
+    checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
+    say(*complaints)
+    if checkpoint:
+        drift.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
+        say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
+        is_finished = checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True)
+        checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
+        if is_finished:
+            say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
+            return command_line.DONE
+    say(describe_devices())
+    say(*preflight.describe(run, model_config, config, tokens_available(config)))
+    say(describe_peak(device_kind(), config.precision))
+    if model_config.n_layers:
+        say(describe_attention(config.precision, model_config.head_width, config.drop_rate, jax.default_backend()))
+    training = set_up(run, model_config, config, total, stopwatch)
+    watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
+    if training.val_stream is None:
+        say("no validation tokens: best goes by training loss")
+    if checkpoint:
+        from_one, accept = args.from_checkpoint is not None, args.accept_changes
+        say(*go_on_from(checkpoint, training, accept=accept, commit_again=from_one))
+    else:
+        say(*set_history_aside(training))
+        cut_after(training, 0)
+    resume_line = f"uv run train.py {args.run}"
+    with listening(
+        stop,
+        "stopping after this step; a second Ctrl-C leaves at once",
+        f"left at once; to go on from the last checkpoint: {resume_line}",
+    ):
+        train(training, stop, watcher)
+    say(stopwatch.describe())
+    if training.global_step == total and not training.lacks_milestone:
+        share = training.seconds_paused / training.seconds
+        say(f"finished: {training.seconds:,.0f} s of training, {share:.1%} of them waiting for checkpoints")
+        return stop.exit_code if stop else command_line.DONE  # in a folder of runs the next one must not start
+    where = (
+        f"and saved at step {training.global_step:,} of {total:,}" if training.global_step else "before the first step"
+    )
+    say(f"stopped {where}; to go on: {resume_line}")
+    return stop.exit_code
+
+
+def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
+    """Train to the end of the run or until a stop is asked for, and save the last step either way.
+
+    Raises RuntimeError, with everything saved, when too many updates in a row were rejected.
+    """
+    config, total, stopwatch = training.config, training.total_steps, training.stopwatch
+    seed_key = jax.random.key(config.seed)
+    batch, checksum = place_batch(training)
+    in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
+    is_stuck, finding = False, None
+    say(ABOUT_TO_STEP)
+    stopwatch.turn_to("compiling")
+    step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
+    say(fitting.check(step, training.model_config, config))
+    stopwatch.turn_to("steps")
+    with (
+        Saver(training, lambda: bool(stop)) as saver,
+        tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar,
+    ):
+        if training.lacks_milestone:
+            say(*saver.save(is_milestone=True))
+        while training.global_step < total and not stop and not is_stuck:
+            finding = watcher.before_step(batch, seed_key)
+            if finding:
+                break
+            reports = [step(training.model, training.optimizer, part, seed_key) for part in batch]
+            training.global_step += 1
+            in_flight.append((training.global_step, reports, checksum))
+            if training.global_step < total:
+                with stopwatch.during("preparing data"):  # while the device works on this step
+                    batch, checksum = place_batch(training)
+            say(*watcher.after_step(reports))
+            is_due, is_wanted = at_milestone(training), stop.take_save_request()
+            while len(in_flight) > (0 if is_due or is_wanted else 1):
+                is_stuck |= finish_step(training, *in_flight.pop(0), bar)
+            if is_due or is_wanted:
+                say(*saver.save(is_milestone=is_due))
+            say(*saver.news(), *note_metrics(training))
+        for finished in in_flight:
+            is_stuck |= finish_step(training, *finished, bar)
+        say(*saver.finish(is_milestone=at_milestone(training), prune=not (is_stuck or finding)))
+    if finding:
+        raise RuntimeError(finding + (f"; saved at step {training.global_step:,}" if training.global_step else ""))
+    if is_stuck:
+        known = training.run.rejected(training.global_step)
+        where = f"; {known} says where it fails" if known.exists() else ""
+        raise RuntimeError(
+            f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
+            f"saved at step {training.global_step:,} with the last good parameters: go on --from best with a lower "
+            f"learning_rate, or look at the data{where}"
+        )
+
+
+def finish_step(training: Training, step: int, reports: list[Report], checksum: int, bar: tqdm) -> bool:
+    """Wait for a step, show it, and say whether too many updates in a row were rejected."""
+    record, lines = collect(training, step, reports, checksum)
+    say(*lines)
+    loss = math.nan if record["loss"] is None else record["loss"]
+    speed = tokens_per_second(training)
+    share = mfu(speed, training.model_config, device_kind(), training.config.precision)
+    shown_share = f", MFU {share:.1%}" if share else ""
+    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{shown_share}", refresh=False)
+    bar.update()
+    return record["consecutive_rejections"] >= training.config.max_consecutive_rejections
