@@ -72,7 +72,7 @@ def _forward(q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array) -> tuple[j
     return mixed_BNTH, (scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT)
 
 
-def _backward(saved: tuple[jax.Array, ...], slopes_BNTH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(saved: tuple[jax.Array, ...], slopes_BNTH: jax.Array) -> tuple[jax.Array, ...]:
     """Return the gradients of queries, keys and values; here the keys come first, which XLA's products prefer."""
     scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT = saved
     length, width = k_BNTH.shape[2:]

@@ -22,6 +22,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise (…, D), float32."""
+        assert self.scale is not None and self.bias is not None  # Flax's norms may do without
         return _normalize(x.reshape(-1, x.shape[-1]), self.scale[...], self.bias[...]).reshape(x.shape)
 
 

@@ -20,7 +20,7 @@ from mesh import describe_devices, device_kind
 from run_directory import RunDirectory
 from saving import Saver
 from starting import go_on_from, set_up, tokens_available, whole_steps
-from steps import compile_train_step
+from steps import compile_train_step, steps_ahead
 from stopwatch import Stopwatch
 from training import (
     ABOUT_TO_STEP,
@@ -98,7 +98,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     config, total, stopwatch = training.config, training.total_steps, training.stopwatch
     seed_key = jax.random.key(config.seed)
     batch, checksum = place_batch(training)
-    in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device, one step late
+    in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device
     is_stuck, finding = False, None
     say(ABOUT_TO_STEP)
     stopwatch.turn_to("compiling")
@@ -123,7 +123,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
                     batch, checksum = place_batch(training)
             say(*watcher.after_step(reports))
             is_due, is_wanted = at_milestone(training), stop.take_save_request()
-            while len(in_flight) > (0 if is_due or is_wanted else 1):
+            while len(in_flight) > (0 if is_due or is_wanted else steps_ahead()):
                 is_stuck |= finish_step(training, *in_flight.pop(0), bar)
             if is_due or is_wanted:
                 say(*saver.save(is_milestone=is_due))

@@ -67,11 +67,11 @@ def guard(inner: optax.GradientTransformation, max_norm: float) -> optax.Gradien
     """
 
     def init(params: optax.Params) -> GuardState:
-        types = jnp.float32, bool, jnp.int32, jnp.int32
-        return GuardState(*(jnp.zeros((), dtype) for dtype in types), inner.init(params))
+        norm, rejected = jnp.zeros(()), jnp.zeros((), bool)
+        return GuardState(norm, rejected, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        norm = optax.tree.norm(grads).astype(jnp.float32)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        norm = optax.tree.norm(updates).astype(jnp.float32)
         factor = max_norm / jnp.maximum(norm, max_norm)  # 1 where nothing is clipped
 
         def accept(grads: Any, inner_state: Any, params: Any) -> Any:
@@ -82,7 +82,7 @@ def guard(inner: optax.GradientTransformation, max_norm: float) -> optax.Gradien
 
         rejected = ~jnp.isfinite(norm)
         # In this order: with `reject` first XLA copies every moment.
-        updates, inner_state = jax.lax.cond(~rejected, accept, reject, grads, state.inner_state, params)
+        updates, inner_state = jax.lax.cond(~rejected, accept, reject, updates, state.inner_state, params)
         in_a_row = jnp.where(rejected, state.consecutive_rejections + 1, 0)
         return updates, GuardState(norm, rejected, state.rejected_updates + rejected, in_a_row, inner_state)
 

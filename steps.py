@@ -75,6 +75,15 @@ def compile_eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Arr
     return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT)
 
 
+def steps_ahead() -> int:
+    """Say how many global steps may be under way before the reports of the first are fetched.
+
+    One, so that a GPU never waits for Python. None on the CPU: it would hold all of a step's memory twice, and be no
+    faster.
+    """
+    return 0 if jax.default_backend() == "cpu" else 1
+
+
 def model_loss(
     model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
 ) -> jax.Array:

@@ -21,16 +21,14 @@ import command_line
 from config import ModelConfig, TrainConfig
 from mesh import describe_devices
 from optimizer import make_optimizer
-from steps import compile_train_step
+from steps import compile_train_step, steps_ahead
 from weights import host_arrays
 
 
 class Ours:
-    steps_ahead = 1
-
     def __init__(self, args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> None:
         describe_devices()  # and keep freed memory, as programs of ours do
-        self.config, self.train = config, train
+        self.config, self.train, self.steps_ahead = config, train, steps_ahead()
         self.stream = in_jax.make_stream(args, config, train)
         self.model = in_jax.make_model(args, config, train)
         if args.save_weights:

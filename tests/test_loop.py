@@ -29,13 +29,14 @@ def test_the_progress_bar_shows_speed_and_mfu_where_the_peak_is_known(train, mak
     assert re.search(rf"loss \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
-def test_nothing_moves_between_host_and_device_unasked(train, make_run, monkeypatch, per_call):
+@pytest.mark.parametrize(("per_call", "ahead"), [(1, 1), (4, 1), (4, 0)])
+def test_nothing_moves_between_host_and_device_unasked(train, make_run, monkeypatch, per_call, ahead):
     """From the second step to the end of the run, only explicit `device_put` and `device_get` are allowed.
 
     On the CPU the guard sees what goes to the device, not what comes back.
     """
     call, calls = steps.Compiled.__call__, 0
+    monkeypatch.setattr(loop, "steps_ahead", lambda: ahead)
 
     def call_under_guard(compiled, *arguments):
         nonlocal calls
