@@ -30,7 +30,7 @@ def describe(run: RunDirectory, model: ModelConfig, train: TrainConfig, availabl
             f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
             f"{tokens / parameters:.3g} tokens per parameter"
         )
-    lines.append(f"flops   {flops_per_token(model) / 1e6:,.4g} million per token: {FORMULA}")
+    lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
     lines.append(_memory(model, train, parameters))
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]

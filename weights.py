@@ -86,7 +86,9 @@ def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State
     check_forms(state, saved, source)
     current = named_arrays(state)
     arrays = [np.asarray(saved[name]) for name in current]
-    placed = jax.device_put(arrays, [array.sharding for array in current.values()])
+    # Committed to a device although the old ones were not, they would make another program of the training step.
+    shardings = [array.sharding if getattr(array, "committed", False) else None for array in current.values()]
+    placed = jax.device_put(arrays, shardings)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return nnx.from_flat_state(zip(paths, placed, strict=True))
 

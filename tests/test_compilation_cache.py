@@ -9,10 +9,11 @@ import pytest
 from conftest import run_program, tiny_model, tiny_train_config
 from safetensors.numpy import load_file
 
+from checkpointing import copy_to_host, load, save
 from compilation_cache import private_folder, prune
 from data import Batch
 from optimizer import make_optimizer
-from steps import compile_train_step
+from steps import compile_train_step, train_step
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
@@ -83,6 +84,21 @@ def test_a_step_from_the_cache_needs_as_much_memory_and_takes_over_what_it_is_gi
         assert table.is_deleted()
     assert [hits for hits, _ in needs] == [0, 1]
     assert needs[0][1] == needs[1][1]
+
+
+def test_a_resumed_run_has_the_same_program_as_a_fresh_one(tmp_path):
+    config, key = tiny_train_config(), jax.random.key(0)
+    tokens = np.zeros((4, 2, 16), np.uint16)
+    batch = jax.device_put(Batch(tokens, tokens, np.zeros(2, np.uint32)))
+
+    def program():
+        return train_step.lower(model, optimizer, batch, key, config).as_text()
+
+    model = tiny_model()
+    optimizer = make_optimizer(model, config, 12)
+    fresh, state = program(), copy_to_host(model, optimizer)
+    load(save(tmp_path, state, {"global_step": 1, "is_best": False}, "{}"), model, optimizer)
+    assert program() == fresh
 
 
 @pytest.mark.parametrize(("mode", "complaint"), [(0o770, "others"), (0o702, "others"), (0o700, None), (0o755, None)])

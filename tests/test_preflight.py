@@ -53,7 +53,7 @@ def test_the_reference_run_is_described_in_its_published_numbers(run):
     assert "163,009,536 parameters" in line_of("model", lines)
     assert "98,304 tokens" in line_of("step", lines)
     assert re.search(r"\b33,165 steps, 3,260,252,160 tokens .*, 20 tokens per parameter", line_of("run", lines))
-    assert "855 million per token: 6 · (parameters of matrix products)" in line_of("flops", lines)
+    assert "854.4 MFLOP per token: 6 · (parameters of matrix products)" in line_of("flops", lines)
     assert all("\n" not in line for line in lines)
 
 
