@@ -82,9 +82,8 @@ def _backward(saved: tuple[jax.Array, ...], slopes_BNTH: jax.Array) -> tuple[jax
         block = slice(start, end)
         q_BNQH, slopes_BNQH = scaled_BNTH[:, :, block], slopes_BNTH[:, :, block]
         k_BNSH, v_BNSH = k_BNTH[:, :, :end], v_BNTH[:, :, :end]
-        scores_BNSQ = _product("bnsh,bnqh->bnsq", k_BNSH, q_BNQH)
-        weights_BNSQ = jnp.exp(scores_BNSQ - log_sums_BNT[:, :, None, block])
-        weights_BNSQ = jnp.where(_seen(start, end).T[None, None], weights_BNSQ, 0)
+        logs_BNSQ = _product("bnsh,bnqh->bnsq", k_BNSH, q_BNQH) - log_sums_BNT[:, :, None, block]
+        weights_BNSQ = jnp.exp(jnp.where(_seen(start, end).T[None, None], logs_BNSQ, -jnp.inf))
         mixed_slopes_BNSQ = _product("bnsh,bnqh->bnsq", v_BNSH, slopes_BNQH) - common_BNT[:, :, None, block]
         score_slopes_BNSQ = (weights_BNSQ * mixed_slopes_BNSQ).astype(k_BNTH.dtype)
         q_slopes.append(_product("bnsq,bnsh->bnqh", score_slopes_BNSQ, k_BNSH))
