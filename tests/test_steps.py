@@ -214,6 +214,18 @@ def test_gradients_are_added_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
+def test_half_precision_learns_as_float32_does():
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        model, config = tiny_model(dtype=dtype), tiny_train_config()
+        optimizer = make_optimizer(model, config, total_steps=40)
+        [call] = stream().calls(0)  # again and again: random tokens can only be learnt by heart
+        curves.append([float(train_step(model, optimizer, call, SEED_KEY, config)["loss"]) for _ in range(40)])
+    single, half = curves
+    assert single[-1] < single[0] - 1
+    np.testing.assert_allclose(half, single, rtol=0.02)
+
+
 def test_the_step_moves_nothing_between_host_and_device_unasked():
     model, config = tiny_model(), tiny_train_config()
     optimizer = make_optimizer(model, config, total_steps=20)
