@@ -1,7 +1,7 @@
 """How fast, and in how much memory, outside-in trains: the very steps of `train.py` on random tokens, no files written.
 
 `dispatch_seconds` is how long the Python call that starts a step takes. It returns while the step is still running, on
-the CPU too; there the call shares the cores with the step before, so the figure is an upper bound.
+the CPU too; there it shares the cores with the step, so the figure is an upper bound.
 """
 
 import argparse
