@@ -43,7 +43,8 @@ def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:
     positions = train.microbatch_size * model.context_length
     rows = min(positions, chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
     logits = 2 * 4 * rows * model.vocab_size  # float32 logits and their gradient, a chunk at a time
-    per_layer = 4 * positions * (16 * model.emb_dim + model.n_heads * model.context_length)
+    weights = model.n_heads * model.context_length if train.drop_rate else 0  # of attention: kept if some are dropped
+    per_layer = 4 * positions * (16 * model.emb_dim + weights)
     state, activations = 4 * copies * parameters, logits + model.n_layers * per_layer
     return (
         f"memory  about {(state + activations) / GIB:.2f} GiB: {state / GIB:.2f} parameters, moments and gradients, "
