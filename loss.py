@@ -110,12 +110,13 @@ def _loss_and_gradients(
         losses_R, shares_VR = _losses_and_shares(hidden_RD, padded_VD, targets_R, len(head_VD))
         slopes_VR = (shares_VR - (ids_V1 == targets_R[None])) * weights_R[None]  # d loss / d logits
         slopes_VR = slopes_VR.astype(dtype)
-        hidden_slopes_RD = _product("vr,vd->rd", slopes_VR, padded_VD)
+        hidden_slopes_DR = _product("vd,vr->dr", padded_VD, slopes_VR)  # XLA's CPU backend takes longer for (R, D)
         head_slopes_VD = _product("vr,rd->vd", slopes_VR, hidden_RD)
-        return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_VD), hidden_slopes_RD
+        return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_VD), hidden_slopes_DR
 
     zeros = (jnp.zeros(()), jnp.zeros(padded_VD.shape, jnp.float32))
-    (loss, head_slopes_VD), hidden_slopes_CRD = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
+    (loss, head_slopes_VD), hidden_slopes_CDR = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
+    hidden_slopes_CRD = jnp.swapaxes(hidden_slopes_CDR, 1, 2)
     return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD[: len(head_VD)].astype(head_VD.dtype))
 
 
