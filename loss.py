@@ -4,10 +4,9 @@ The fused one takes a few rows at a time and computes their logits, their loss a
 while those logits are at hand, so that no array of (tokens, vocabulary) ever exists. The idea is that of "Cut Your
 Losses in Large-Vocabulary Language Models", https://arxiv.org/abs/2411.09009.
 
-Suffixes of array names: as in model.py; R rows of a chunk, C chunks.
+Suffixes of array names: as in model.py; R rows of a chunk, C chunks, P the vocabulary as padded for products.
 """
 
-from functools import partial
 from typing import Any
 
 import chex
@@ -36,35 +35,44 @@ def fused_cross_entropy(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
-    dtype: DTypeLike = jnp.float32,
+    prepared_PD: jax.Array | None = None,
     rows_per_chunk: int | None = None,
-    vocab_multiple: int | None = None,
 ) -> jax.Array:
     """Return `cross_entropy(hidden @ head.T, targets)` without ever holding all logits.
 
     Takes hidden states (…, D), the output head (V, D), and target ids (…) of any integer type, each below V. Products
-    are computed in `dtype`; their sums, the log-sum-exp and the loss are float32; gradients have the types of what they
-    belong to. The rows of a chunk, and the multiple that the vocabulary is padded to meanwhile, are chosen for the
-    device unless given.
-    Returns a scalar.
+    are computed in the type of `prepared_PD`, the head by `prepare_head`, or in float32; their sums, the log-sum-exp
+    and the loss are float32; gradients have the types of what they belong to. The rows of a chunk are chosen for the
+    device unless given. Returns a scalar.
     """
     chex.assert_type(targets_BT, int, custom_message="target ids")
     chex.assert_shape(targets_BT, hidden_BTD.shape[:-1], custom_message="target ids, against hidden states")
     chex.assert_shape(head_VD, (None, hidden_BTD.shape[-1]), custom_message="the output head, against hidden states")
+    if prepared_PD is None:
+        prepared_PD = prepare_head(head_VD)
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_M = targets_BT.reshape(-1).astype(jnp.int32)
     rows = len(targets_M)
-    platform = jax.default_backend()
-    chunks = -(-rows // (rows_per_chunk or chunk_size(head_VD.shape[0], platform)))
+    chunks = -(-rows // (rows_per_chunk or chunk_size(len(head_VD), jax.default_backend())))
     chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks
-    vocab_padding = -len(head_VD) % (vocab_multiple or VOCAB_MULTIPLE.get(platform, 1))
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
 
     weights_M = jnp.full(rows, 1 / rows, jnp.float32)  # padded with 0: such rows count for nothing
-    return _loss(jnp.dtype(dtype), vocab_padding, split(hidden_MD), head_VD, split(targets_M), split(weights_M))
+    prepared_PD = jax.lax.stop_gradient(prepared_PD)
+    return _loss(split(hidden_MD), head_VD, prepared_PD, split(targets_M), split(weights_M))
+
+
+def prepare_head(head_VD: jax.Array, dtype: DTypeLike = jnp.float32, vocab_multiple: int | None = None) -> jax.Array:
+    """Return the output head as products take it, (P, D): in `dtype`, with rows of zeros up to a round number of them.
+
+    It serves for as long as the head stays the same; padded tokens have no share. The multiple is chosen for the device
+    unless given.
+    """
+    padding = -len(head_VD) % (vocab_multiple or VOCAB_MULTIPLE.get(jax.default_backend(), 1))
+    return jnp.pad(head_VD.astype(dtype), ((0, padding), (0, 0)))
 
 
 def chunk_size(vocab_size: int, platform: str) -> int:
@@ -73,83 +81,68 @@ def chunk_size(vocab_size: int, platform: str) -> int:
     return 2 ** max(rows.bit_length() - 1, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@jax.custom_vjp
 def _loss(
-    dtype: jnp.dtype,
-    vocab_padding: int,
-    hidden_CRD: jax.Array,
-    head_VD: jax.Array,
-    targets_CR: jax.Array,
-    weights_CR: jax.Array,
+    hidden_CRD: jax.Array, head_VD: jax.Array, prepared_PD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
 ) -> jax.Array:
     """Sum the weighted losses of all rows: what runs when nobody asks for gradients."""
-    padded_VD = _pad(head_VD.astype(dtype), vocab_padding)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_RD, targets_R, weights_R = chunk
-        losses_R, _ = _losses_and_shares(hidden_RD.astype(dtype), padded_VD, targets_R, len(head_VD))
+        losses_R, _ = _losses_and_shares(hidden_RD.astype(prepared_PD.dtype), prepared_PD, targets_R, len(head_VD))
         return total + losses_R @ weights_R, None
 
     return jax.lax.scan(add, jnp.zeros(()), (hidden_CRD, targets_CR, weights_CR))[0]
 
 
 def _loss_and_gradients(
-    dtype: jnp.dtype,
-    vocab_padding: int,
-    hidden_CRD: jax.Array,
-    head_VD: jax.Array,
-    targets_CR: jax.Array,
-    weights_CR: jax.Array,
+    hidden_CRD: jax.Array, head_VD: jax.Array, prepared_PD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    padded_VD = _pad(head_VD.astype(dtype), vocab_padding)
-    ids_V1 = jnp.arange(len(padded_VD))[:, None]
+    dtype = prepared_PD.dtype
+    ids_P1 = jnp.arange(len(prepared_PD))[:, None]
 
     def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         hidden_RD, targets_R, weights_R = chunk
         hidden_RD = hidden_RD.astype(dtype)
-        losses_R, shares_VR = _losses_and_shares(hidden_RD, padded_VD, targets_R, len(head_VD))
-        slopes_VR = (shares_VR - (ids_V1 == targets_R[None])) * weights_R[None]  # d loss / d logits
-        slopes_VR = slopes_VR.astype(dtype)
-        hidden_slopes_DR = _product("vd,vr->dr", padded_VD, slopes_VR)  # XLA's CPU backend takes longer for (R, D)
-        head_slopes_VD = _product("vr,rd->vd", slopes_VR, hidden_RD)
-        return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_VD), hidden_slopes_DR
+        losses_R, shares_PR = _losses_and_shares(hidden_RD, prepared_PD, targets_R, len(head_VD))
+        slopes_PR = (shares_PR - (ids_P1 == targets_R[None])) * weights_R[None]  # d loss / d logits
+        slopes_PR = slopes_PR.astype(dtype)
+        hidden_slopes_DR = _product("pd,pr->dr", prepared_PD, slopes_PR)  # XLA's CPU backend takes longer for (R, D)
+        head_slopes_PD = _product("pr,rd->pd", slopes_PR, hidden_RD)
+        return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD), hidden_slopes_DR
 
-    zeros = (jnp.zeros(()), jnp.zeros(padded_VD.shape, jnp.float32))
-    (loss, head_slopes_VD), hidden_slopes_CDR = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
+    zeros = (jnp.zeros(()), jnp.zeros(prepared_PD.shape, jnp.float32))
+    (loss, head_slopes_PD), hidden_slopes_CDR = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
     hidden_slopes_CRD = jnp.swapaxes(hidden_slopes_CDR, 1, 2)
-    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD[: len(head_VD)].astype(head_VD.dtype))
+    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_PD[: len(head_VD)].astype(head_VD.dtype))
 
 
 def _scale_gradients(
-    dtype: jnp.dtype, vocab_padding: int, slopes: tuple[jax.Array, jax.Array], slope: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
+    slopes: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None, None]:
     hidden_slopes_CRD, head_slopes_VD = slopes
     scaled_VD = slope.astype(head_slopes_VD.dtype) * head_slopes_VD
-    return slope.astype(hidden_slopes_CRD.dtype) * hidden_slopes_CRD, scaled_VD, None, None
+    return slope.astype(hidden_slopes_CRD.dtype) * hidden_slopes_CRD, scaled_VD, None, None, None
 
 
 _loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
 def _losses_and_shares(
-    hidden_RD: jax.Array, padded_VD: jax.Array, targets_R: jax.Array, vocab_size: int
+    hidden_RD: jax.Array, prepared_PD: jax.Array, targets_R: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each row (R) and softmax of its logits (V, R), both float32; padded tokens have no share.
+    """Return the loss of each row (R) and softmax of its logits (P, R), both float32; padded tokens have no share.
 
     The vocabulary comes first: XLA's products on the CPU are up to twice as fast so.
     """
-    logits_VR = _product("vd,rd->vr", padded_VD, hidden_RD)
-    if len(padded_VD) > vocab_size:
-        logits_VR = jnp.where((jnp.arange(len(padded_VD)) < vocab_size)[:, None], logits_VR, -jnp.inf)
-    largest_1R = logits_VR.max(axis=0, keepdims=True)
-    exponentials_VR = jnp.exp(logits_VR - largest_1R)
-    sums_1R = exponentials_VR.sum(axis=0, keepdims=True)
-    chosen_1R = jnp.take_along_axis(logits_VR, targets_R[None], axis=0)
-    return (jnp.log(sums_1R) + largest_1R - chosen_1R)[0], exponentials_VR / sums_1R
-
-
-def _pad(head_VD: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(head_VD, ((0, rows), (0, 0)))
+    logits_PR = _product("pd,rd->pr", prepared_PD, hidden_RD)
+    if len(prepared_PD) > vocab_size:
+        logits_PR = jnp.where((jnp.arange(len(prepared_PD)) < vocab_size)[:, None], logits_PR, -jnp.inf)
+    largest_1R = logits_PR.max(axis=0, keepdims=True)
+    exponentials_PR = jnp.exp(logits_PR - largest_1R)
+    sums_1R = exponentials_PR.sum(axis=0, keepdims=True)
+    chosen_1R = jnp.take_along_axis(logits_PR, targets_R[None], axis=0)
+    return (jnp.log(sums_1R) + largest_1R - chosen_1R)[0], exponentials_PR / sums_1R
 
 
 def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -172,8 +172,8 @@ class GPTModel(nnx.Module):
 
 
 def compute_copy(params: nnx.State, dtype: DTypeLike) -> nnx.State:
-    """Cast the matrices that only enter products to the compute dtype, so that it is done once and not at every use."""
-    return nnx.map(lambda path, x: x.astype(dtype) if path[-1] == "kernel" or path[0] == "head" else x, params)
+    """Cast the matrices of linear layers to the compute dtype, so that it is done once and not at every use."""
+    return nnx.map(lambda path, x: x.astype(dtype) if path[-1] == "kernel" else x, params)
 
 
 def residual_std(config: ModelConfig) -> float:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from config import TrainConfig
 from data import Batch
-from loss import fused_cross_entropy
+from loss import fused_cross_entropy, prepare_head
 from model import GPTModel, compute_copy
 from optimizer import update_report
 from weights import named_arrays
@@ -85,9 +85,17 @@ def steps_ahead() -> int:
 
 
 def model_loss(
-    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
+    model: GPTModel,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    dropout_rngs: nnx.Rngs | None = None,
+    prepared_PD: jax.Array | None = None,
 ) -> jax.Array:
-    return fused_cross_entropy(model.hidden_states(inputs_BT, dropout_rngs), model.head_table, targets_BT, model.dtype)
+    """Return the mean loss of a microbatch, a scalar; `prepared_PD` is its head by `prepare_head`, if at hand."""
+    if prepared_PD is None:
+        prepared_PD = prepare_head(model.head_table, model.dtype)
+    hidden_BTD = model.hidden_states(inputs_BT, dropout_rngs)
+    return fused_cross_entropy(hidden_BTD, model.head_table, targets_BT, prepared_PD)
 
 
 def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
@@ -106,9 +114,10 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
 
     def share(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array) -> Any:
         rngs = rngs_of(seed_key, global_step, microbatch)
-        loss = model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs)
+        loss = model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs, prepared_PD)
         return loss / count, loss
 
+    prepared_PD = prepare_head(model.head_table, model.dtype)
     cast = compute_copy(params, model.dtype)
 
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:

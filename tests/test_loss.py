@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loss import chunk_size, cross_entropy, fused_cross_entropy
+from loss import chunk_size, cross_entropy, fused_cross_entropy, prepare_head
 
 
 def reference(logits, targets):
@@ -60,9 +60,13 @@ def in_float64(hidden, head, targets):
     return reference(logits, targets.ravel()), (slopes @ head).reshape(hidden.shape), slopes.T @ flat
 
 
-def fused(hidden, head, targets, **options):
+def fused(hidden, head, targets, rows_per_chunk=None, **options):
     """Return what the fused loss gives for the same, and what it gives when no gradient is asked for."""
-    loss = jax.jit(partial(fused_cross_entropy, **options))
+
+    @jax.jit
+    def loss(hidden, head, targets):
+        return fused_cross_entropy(hidden, head, targets, prepare_head(head, **options), rows_per_chunk)
+
     value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, targets)
     return loss(hidden, head, targets), value, *slopes
 

@@ -184,14 +184,15 @@ def test_the_compiled_step_holds_no_array_of_all_logits():
     assert not {shape for shape in shapes if VOCAB_SIZE in shape and math.prod(shape) >= rows * VOCAB_SIZE}
 
 
-def test_weights_are_cast_to_half_precision_once_a_call():
-    graph, params = nnx.split(tiny_model(dtype="bfloat16"))
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_cast_to_half_precision_once_a_call(tied):
+    graph, params = nnx.split(tiny_model(dtype="bfloat16", tied_head=tied))
     [call] = stream().calls(0)
     traced = jax.make_jaxpr(lambda params: mean_gradient(nnx.merge(graph, params), call, SEED_KEY)[0])(params)
-    kernels = {(32, 96), (32, 32), (32, 128), (128, 32)}
+    matrices = {(32, 96), (32, 32), (32, 128), (128, 32), (VOCAB_SIZE, 32)}
     [loop] = [equation for equation in traced.eqns if equation.primitive.name == "scan"]
-    assert casts(traced.jaxpr) >= kernels | {(VOCAB_SIZE, 32)}
-    assert not casts(loop.params["jaxpr"].jaxpr, inside=True) & kernels
+    assert casts(traced.jaxpr) >= matrices
+    assert not casts(loop.params["jaxpr"].jaxpr, inside=True) & matrices
 
 
 def casts(jaxpr, *, inside=False):
