@@ -15,6 +15,7 @@ from flax import nnx
 from config import TrainConfig
 from data import Batch
 from loss import fused_cross_entropy, prepare_head
+from mesh import give_back_freed_memory
 from model import GPTModel, compute_copy
 from optimizer import update_report
 from weights import named_arrays
@@ -47,6 +48,7 @@ class Compiled:
         """Compile a jitted function for arguments like these, which may be abstract; see `nnx.jit`."""
         self._name = name
         self._compiled = function.lower(*arguments).compile()
+        give_back_freed_memory()
 
     def __call__(self, *arguments: Any) -> Any:
         """Take the arguments without the static ones."""
