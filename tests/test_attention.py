@@ -63,6 +63,22 @@ def test_no_array_of_positions_by_positions_is_kept_for_the_backward_pass():
     assert max(array.size for array in residuals) == q.size
 
 
+def test_layers_on_layers_do_not_keep_their_weights_either():
+    """They are computed anew, and not before they are needed, which XLA would do if it could."""
+
+    def bytes_of(layers):
+        def mixed(x):
+            for _ in range(layers):
+                x = causal_attention(x, x, x)
+            return x.sum()
+
+        compiled = jax.jit(jax.grad(mixed)).lower(jnp.zeros((1, 256, 4, 8))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    weights_bytes = 4 * 4 * 256 * 256
+    assert bytes_of(9) - bytes_of(3) < 6 * weights_bytes / 2
+
+
 def test_the_plain_weights_serve_jax_own_attention():
     q, k, v, _ = random_heads(7)
     fused = jax.nn.dot_product_attention(q, k, v, is_causal=True)
