@@ -62,6 +62,10 @@ class CausalSelfAttention(nnx.Module):
         return self.output(mixed_BTNH.reshape(x_BTD.shape))
 
 
+# Its gradient is computed from its input alone; else XLA keeps another array of the widest shape that a layer has.
+gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
+
+
 class FeedForward(nnx.Module):
     """Two linear layers, four times as wide inside, with GPT-2's tanh form of GELU between them."""
 
@@ -71,8 +75,7 @@ class FeedForward(nnx.Module):
         self.project = nnx.Linear(inner, width, kernel_init=initializer(residual_std(config)), dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.expand(x_BTD), approximate=True)
-        return self.project(hidden_BTF)
+        return self.project(gelu(self.expand(x_BTD)))
 
 
 class Block(nnx.Module):
