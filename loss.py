@@ -89,7 +89,7 @@ def _loss(
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_RD, targets_R, weights_R = chunk
-        losses_R, _ = _losses_and_shares(hidden_RD.astype(prepared_PD.dtype), prepared_PD, targets_R, len(head_VD))
+        losses_R, *_ = _losses(hidden_RD.astype(prepared_PD.dtype), prepared_PD, targets_R, len(head_VD))
         return total + losses_R @ weights_R, None
 
     return jax.lax.scan(add, jnp.zeros(()), (hidden_CRD, targets_CR, weights_CR))[0]
@@ -98,23 +98,31 @@ def _loss(
 def _loss_and_gradients(
     hidden_CRD: jax.Array, head_VD: jax.Array, prepared_PD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    dtype = prepared_PD.dtype
-    ids_P1 = jnp.arange(len(prepared_PD))[:, None]
+    """Also return both gradients: d loss / d logits is weight · (exponential / sum - 1 at the target).
 
-    def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    Exponentials go into the products as they are, without those of the targets, whose slopes are what the others' sum
+    up to: nothing is lost where a target is all but certain. The rest is done to rows of hidden states and of the head.
+    """
+    dtype = prepared_PD.dtype
+
+    def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
         hidden_RD, targets_R, weights_R = chunk
         hidden_RD = hidden_RD.astype(dtype)
-        losses_R, shares_PR = _losses_and_shares(hidden_RD, prepared_PD, targets_R, len(head_VD))
-        slopes_PR = (shares_PR - (ids_P1 == targets_R[None])) * weights_R[None]  # d loss / d logits
-        slopes_PR = slopes_PR.astype(dtype)
-        hidden_slopes_DR = _product("pd,pr->dr", prepared_PD, slopes_PR)  # XLA's CPU backend takes longer for (R, D)
-        head_slopes_PD = _product("pr,rd->pd", slopes_PR, hidden_RD)
-        return (totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD), hidden_slopes_DR
+        losses_R, others_RP, their_sums_R1, sums_R1 = _losses(hidden_RD, prepared_PD, targets_R, len(head_VD))
+        others_RP, weighted_R1 = others_RP.astype(dtype), weights_R[:, None] / sums_R1
+        target_slopes_R1 = their_sums_R1 * weighted_R1
+        hidden_slopes_RD = _product("rp,pd->rd", others_RP, prepared_PD) * weighted_R1
+        hidden_slopes_RD -= prepared_PD[targets_R] * target_slopes_R1
+        head_slopes_PD = _product("rp,rd->pd", others_RP, (hidden_RD * weighted_R1).astype(dtype))
+        totals = totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD
+        return totals, (hidden_slopes_RD, hidden_RD * target_slopes_R1)
 
     zeros = (jnp.zeros(()), jnp.zeros(prepared_PD.shape, jnp.float32))
-    (loss, head_slopes_PD), hidden_slopes_CDR = jax.lax.scan(add, zeros, (hidden_CRD, targets_CR, weights_CR))
-    hidden_slopes_CRD = jnp.swapaxes(hidden_slopes_CDR, 1, 2)
-    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_PD[: len(head_VD)].astype(head_VD.dtype))
+    (loss, head_slopes_PD), (hidden_slopes_CRD, target_slopes_CRD) = jax.lax.scan(
+        add, zeros, (hidden_CRD, targets_CR, weights_CR)
+    )
+    head_slopes_VD = head_slopes_PD[: len(head_VD)].at[targets_CR].add(-target_slopes_CRD)
+    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD.astype(head_VD.dtype))
 
 
 def _scale_gradients(
@@ -128,21 +136,24 @@ def _scale_gradients(
 _loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _losses_and_shares(
+def _losses(
     hidden_RD: jax.Array, prepared_PD: jax.Array, targets_R: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each row (R) and softmax of its logits (P, R), both float32; padded tokens have no share.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return the loss of each row (R), and exp(logit - the row's largest), all float32.
 
-    The vocabulary comes first: XLA's products on the CPU are up to twice as fast so.
+    The exponentials (R, P) are 0 at targets and where padded; their sums follow, without the targets' and with them,
+    each (R, 1).
     """
-    logits_PR = _product("pd,rd->pr", prepared_PD, hidden_RD)
+    logits_RP = _product("rd,pd->rp", hidden_RD, prepared_PD)
+    ids_1P = jnp.arange(len(prepared_PD))[None]
     if len(prepared_PD) > vocab_size:
-        logits_PR = jnp.where((jnp.arange(len(prepared_PD)) < vocab_size)[:, None], logits_PR, -jnp.inf)
-    largest_1R = logits_PR.max(axis=0, keepdims=True)
-    exponentials_PR = jnp.exp(logits_PR - largest_1R)
-    sums_1R = exponentials_PR.sum(axis=0, keepdims=True)
-    chosen_1R = jnp.take_along_axis(logits_PR, targets_R[None], axis=0)
-    return (jnp.log(sums_1R) + largest_1R - chosen_1R)[0], exponentials_PR / sums_1R
+        logits_RP = jnp.where(ids_1P < vocab_size, logits_RP, -jnp.inf)
+    largest_R1 = logits_RP.max(axis=1, keepdims=True)
+    chosen_R1 = jnp.take_along_axis(logits_RP, targets_R[:, None], axis=1)
+    others_RP = jnp.where(ids_1P == targets_R[:, None], 0, jnp.exp(logits_RP - largest_R1))
+    their_sums_R1 = others_RP.sum(axis=1, keepdims=True)
+    sums_R1 = their_sums_R1 + jnp.exp(chosen_R1 - largest_R1)
+    return (jnp.log(sums_R1) + largest_R1 - chosen_R1)[:, 0], others_RP, their_sums_R1, sums_R1
 
 
 def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
