@@ -50,19 +50,22 @@ def fused_cross_entropy(
     chex.assert_shape(head_VD, (None, hidden_BTD.shape[-1]), custom_message="the output head, against hidden states")
     if prepared_PD is None:
         prepared_PD = prepare_head(head_VD)
-    hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    targets_M = targets_BT.reshape(-1).astype(jnp.int32)
-    rows = len(targets_M)
-    chunks = -(-rows // (rows_per_chunk or chunk_size(len(head_VD), jax.default_backend())))
-    chunks = max(chunks, min(2, rows))  # also of few rows never all logits
-    padding = -rows % chunks
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
-
-    weights_M = jnp.full(rows, 1 / rows, jnp.float32)  # padded with 0: such rows count for nothing
     prepared_PD = jax.lax.stop_gradient(prepared_PD)
-    return _loss(split(hidden_MD), head_VD, prepared_PD, split(targets_M), split(weights_M))
+    return _loss(head_VD, prepared_PD, *_chunks(hidden_BTD, targets_BT, len(head_VD), rows_per_chunk))
+
+
+def add_head_gradient(
+    total_VD: jax.Array, prepared_PD: jax.Array, hidden_BTD: jax.Array, targets_BT: jax.Array, share: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `fused_cross_entropy`, and the gradients of `share` times it, as a step over many microbatches wants them.
+
+    That of the hidden states comes as (…, D); that of the head is added to `total_VD`, float32, which saves writing,
+    scaling and adding an array of that size for each microbatch.
+    """
+    chunks = _chunks(hidden_BTD, targets_BT, len(total_VD), None)
+    loss, hidden_slopes_CRD, total_VD = _loss_and_gradients(total_VD, prepared_PD, *chunks, share)
+    hidden_slopes_MD = hidden_slopes_CRD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size]
+    return loss, hidden_slopes_MD.reshape(hidden_BTD.shape), total_VD
 
 
 def prepare_head(head_VD: jax.Array, dtype: DTypeLike = jnp.float32, vocab_multiple: int | None = None) -> jax.Array:
@@ -81,9 +84,26 @@ def chunk_size(vocab_size: int, platform: str) -> int:
     return 2 ** max(rows.bit_length() - 1, 0)
 
 
+def _chunks(
+    hidden_BTD: jax.Array, targets_BT: jax.Array, vocab_size: int, rows_per_chunk: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cut rows into chunks: hidden states (C, R, D), targets and weights (C, R); rows of padding weigh nothing."""
+    hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    rows = len(hidden_MD)
+    chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, jax.default_backend())))
+    chunks = max(chunks, min(2, rows))  # also of few rows never all logits
+    padding = -rows % chunks
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
+
+    weights_M = jnp.full(rows, 1 / rows, jnp.float32)
+    return split(hidden_MD), split(targets_BT.reshape(-1).astype(jnp.int32)), split(weights_M)
+
+
 @jax.custom_vjp
 def _loss(
-    hidden_CRD: jax.Array, head_VD: jax.Array, prepared_PD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
+    head_VD: jax.Array, prepared_PD: jax.Array, hidden_CRD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
 ) -> jax.Array:
     """Sum the weighted losses of all rows: what runs when nobody asks for gradients."""
 
@@ -96,44 +116,50 @@ def _loss(
 
 
 def _loss_and_gradients(
-    hidden_CRD: jax.Array, head_VD: jax.Array, prepared_PD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Also return both gradients: d loss / d logits is weight · (exponential / sum - 1 at the target).
+    total_VD: jax.Array,
+    prepared_PD: jax.Array,
+    hidden_CRD: jax.Array,
+    targets_CR: jax.Array,
+    weights_CR: jax.Array,
+    share: float = 1.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the weighted loss, and the gradients of `share` times it: of hidden states, and of the head plus a total.
 
-    Exponentials go into the products as they are, without those of the targets, whose slopes are what the others' sum
-    up to: nothing is lost where a target is all but certain. The rest is done to rows of hidden states and of the head.
+    d loss / d logits is weight · (exponential / sum - 1 at the target). Exponentials go into the products as they are,
+    without those of the targets, whose slopes are what the others' sum up to: nothing is lost where a target is all but
+    certain. The rest is done to rows of hidden states and of the head.
     """
-    dtype = prepared_PD.dtype
+    dtype, vocab_size = prepared_PD.dtype, len(total_VD)
 
     def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
         hidden_RD, targets_R, weights_R = chunk
         hidden_RD = hidden_RD.astype(dtype)
-        losses_R, others_RP, their_sums_R1, sums_R1 = _losses(hidden_RD, prepared_PD, targets_R, len(head_VD))
-        others_RP, weighted_R1 = others_RP.astype(dtype), weights_R[:, None] / sums_R1
+        losses_R, others_RP, their_sums_R1, sums_R1 = _losses(hidden_RD, prepared_PD, targets_R, vocab_size)
+        others_RP, weighted_R1 = others_RP.astype(dtype), share * weights_R[:, None] / sums_R1
         target_slopes_R1 = their_sums_R1 * weighted_R1
         hidden_slopes_RD = _product("rp,pd->rd", others_RP, prepared_PD) * weighted_R1
         hidden_slopes_RD -= prepared_PD[targets_R] * target_slopes_R1
         head_slopes_PD = _product("rp,rd->pd", others_RP, (hidden_RD * weighted_R1).astype(dtype))
-        totals = totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD
+        totals = totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD[:vocab_size]
         return totals, (hidden_slopes_RD, hidden_RD * target_slopes_R1)
 
-    zeros = (jnp.zeros(()), jnp.zeros(prepared_PD.shape, jnp.float32))
-    (loss, head_slopes_PD), (hidden_slopes_CRD, target_slopes_CRD) = jax.lax.scan(
-        add, zeros, (hidden_CRD, targets_CR, weights_CR)
+    (loss, total_VD), (hidden_slopes_CRD, target_slopes_CRD) = jax.lax.scan(
+        add, (jnp.zeros(()), total_VD), (hidden_CRD, targets_CR, weights_CR)
     )
-    head_slopes_VD = head_slopes_PD[: len(head_VD)].at[targets_CR].add(-target_slopes_CRD)
-    return loss, (hidden_slopes_CRD.astype(hidden_CRD.dtype), head_slopes_VD.astype(head_VD.dtype))
+    return loss, hidden_slopes_CRD.astype(hidden_CRD.dtype), total_VD.at[targets_CR].add(-target_slopes_CRD)
 
 
-def _scale_gradients(
-    slopes: tuple[jax.Array, jax.Array], slope: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None, None]:
-    hidden_slopes_CRD, head_slopes_VD = slopes
-    scaled_VD = slope.astype(head_slopes_VD.dtype) * head_slopes_VD
-    return slope.astype(hidden_slopes_CRD.dtype) * hidden_slopes_CRD, scaled_VD, None, None, None
+def _forward(head_VD: jax.Array, *others: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    loss, *slopes = _loss_and_gradients(jnp.zeros(head_VD.shape, jnp.float32), *others)
+    return loss, (slopes[0], slopes[1].astype(head_VD.dtype))
 
 
-_loss.defvjp(_loss_and_gradients, _scale_gradients)
+def _backward(slopes: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[Any, ...]:
+    hidden_slopes_CRD, head_slopes_VD = (slope.astype(x.dtype) * x for x in slopes)
+    return head_slopes_VD, None, hidden_slopes_CRD, None, None
+
+
+_loss.defvjp(_forward, _backward)
 
 
 def _losses(

@@ -163,14 +163,14 @@ class GPTModel(nnx.Module):
             yield "the output norm", self.output_norm(x_BTD)
 
     @property
-    def head_table(self) -> jax.Array:
+    def unembedding(self) -> nnx.Embed:
         """The output head (V, D), a row for each token; the token embedding itself where the head is tied."""
-        return (self.token_embedding if self.head is None else self.head).embedding[...]
+        return self.token_embedding if self.head is None else self.head
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits (…, V) for hidden states (…, D), in the compute dtype."""
         flat = hidden_BTD.reshape(-1, self.config.emb_dim).astype(self.dtype)  # one large product, not B small ones
-        logits = flat @ self.head_table.T.astype(self.dtype)
+        logits = flat @ self.unembedding.embedding[...].T.astype(self.dtype)
         return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from config import TrainConfig
 from data import Batch
-from loss import fused_cross_entropy, prepare_head
+from loss import add_head_gradient, fused_cross_entropy, prepare_head
 from mesh import give_back_freed_memory
 from model import GPTModel, compute_copy
 from optimizer import update_report
@@ -87,17 +87,12 @@ def steps_ahead() -> int:
 
 
 def model_loss(
-    model: GPTModel,
-    inputs_BT: jax.Array,
-    targets_BT: jax.Array,
-    dropout_rngs: nnx.Rngs | None = None,
-    prepared_PD: jax.Array | None = None,
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
 ) -> jax.Array:
-    """Return the mean loss of a microbatch, a scalar; `prepared_PD` is its head by `prepare_head`, if at hand."""
-    if prepared_PD is None:
-        prepared_PD = prepare_head(model.head_table, model.dtype)
+    """Return the mean loss of a microbatch, a scalar."""
+    head_VD = model.unembedding.embedding[...]
     hidden_BTD = model.hidden_states(inputs_BT, dropout_rngs)
-    return fused_cross_entropy(hidden_BTD, model.head_table, targets_BT, prepared_PD)
+    return fused_cross_entropy(hidden_BTD, head_VD, targets_BT, prepare_head(head_VD, model.dtype))
 
 
 def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
@@ -113,18 +108,21 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
     graph, params = nnx.split(model)
     global_step, first = batch.position
     count = batch.inputs.shape[0]
-
-    def share(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array, microbatch: jax.Array) -> Any:
-        rngs = rngs_of(seed_key, global_step, microbatch)
-        loss = model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs, prepared_PD)
-        return loss / count, loss
-
-    prepared_PD = prepare_head(model.head_table, model.dtype)
+    prepared_PD = prepare_head(model.unembedding.embedding[...], model.dtype)
     cast = compute_copy(params, model.dtype)
 
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
-        grads, loss = jax.grad(share, has_aux=True)(cast, *microbatch)
-        return jax.tree.map(jnp.add, total, grads), loss  # in float32
+        inputs_BT, targets_BT, number = microbatch
+
+        def hidden_states(params: nnx.State) -> jax.Array:
+            return nnx.merge(graph, params).hidden_states(inputs_BT, rngs_of(seed_key, global_step, number))
+
+        hidden_BTD, pull_back = jax.vjp(hidden_states, cast)
+        totals = nnx.merge(graph, total)
+        head = totals.unembedding.embedding
+        loss, slopes_BTD, head[...] = add_head_gradient(head[...], prepared_PD, hidden_BTD, targets_BT, 1 / count)
+        [grads] = pull_back(slopes_BTD)
+        return jax.tree.map(jnp.add, nnx.state(totals), grads), loss  # in float32
 
     microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
     grads, losses_A = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
