@@ -149,9 +149,10 @@ def _loss_and_gradients(
     return loss, hidden_slopes_CRD.astype(hidden_CRD.dtype), total_VD.at[targets_CR].add(-target_slopes_CRD)
 
 
-def _forward(head_VD: jax.Array, *others: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    loss, *slopes = _loss_and_gradients(jnp.zeros(head_VD.shape, jnp.float32), *others)
-    return loss, (slopes[0], slopes[1].astype(head_VD.dtype))
+def _forward(head_VD: jax.Array, *others: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    zeros_VD = jnp.zeros(head_VD.shape, jnp.float32)
+    loss, hidden_slopes_CRD, head_slopes_VD = _loss_and_gradients(zeros_VD, *others)
+    return loss, (hidden_slopes_CRD, head_slopes_VD.astype(head_VD.dtype))
 
 
 def _backward(slopes: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[Any, ...]:

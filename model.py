@@ -20,6 +20,7 @@ from config import ModelConfig
 from layer_norm import LayerNorm
 
 INIT_STD = 0.02
+gelu = partial(jax.nn.gelu, approximate=True)
 
 
 def initializer(std: float) -> nnx.Initializer:
@@ -62,12 +63,27 @@ class CausalSelfAttention(nnx.Module):
         return self.output(mixed_BTNH.reshape(x_BTD.shape))
 
 
-# Its gradient is computed from its input alone; else XLA keeps another array of the widest shape that a layer has.
-gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
+@jax.custom_vjp
+def gelu_product(hidden_BTF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """Return gelu(hidden) @ kernel, by GPT-2's tanh form; for the backward pass GELU is computed anew, not kept."""
+    return gelu(hidden_BTF) @ kernel_FD
+
+
+def _gelu_product_backward(saved: tuple[jax.Array, jax.Array], slopes_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden_BTF, kernel_FD = saved
+    hidden_BTF += (
+        0 * slopes_BTD[..., :1]
+    )  # changes nothing, but has to wait for the slopes: else XLA keeps it after all
+    activated_BTF, pull_back = jax.vjp(gelu, hidden_BTF)
+    [hidden_slopes_BTF] = pull_back(slopes_BTD @ kernel_FD.T)
+    return hidden_slopes_BTF, jnp.einsum("btf,btd->fd", activated_BTF, slopes_BTD)
+
+
+gelu_product.defvjp(lambda hidden, kernel: (gelu_product(hidden, kernel), (hidden, kernel)), _gelu_product_backward)
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers, four times as wide inside, with GPT-2's tanh form of GELU between them."""
+    """Two linear layers, four times as wide inside, with GELU between them."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.emb_dim, 4 * config.emb_dim
@@ -75,7 +91,10 @@ class FeedForward(nnx.Module):
         self.project = nnx.Linear(inner, width, kernel_init=initializer(residual_std(config)), dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.project(gelu(self.expand(x_BTD)))
+        hidden_BTF = self.expand(x_BTD)
+        assert self.project.bias is not None  # Flax's linear layers may do without
+        kernel_FD, bias_D = (x[...].astype(hidden_BTF.dtype) for x in (self.project.kernel, self.project.bias))
+        return gelu_product(hidden_BTF, kernel_FD) + bias_D[None, None]
 
 
 class Block(nnx.Module):

@@ -6,7 +6,7 @@ from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_mod
 from flax import nnx
 
 from config import ModelConfig
-from model import GPTModel, count_parameters
+from model import GPTModel, count_parameters, gelu_product
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
 SHELL = {"n_layers": 0, "position_embedding": False, "output_norm": False}
@@ -217,3 +217,31 @@ def test_the_stages_are_named_and_the_last_is_what_the_head_reads():
     np.testing.assert_array_equal(states[-1], model.hidden_states(tokens))
     bare = tiny_model(n_layers=0, output_norm=False)
     assert [name for name, _ in bare.stages(tokens)] == ["the embedding"]
+
+
+def test_the_product_with_gelu_and_its_gradients_are_those_of_automatic_differentiation():
+    keys = jax.random.split(jax.random.key(5), 3)
+    shapes = [(2, 3, 16), (16, 4), (2, 3, 4)]
+    hidden, kernel, slopes = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
+
+    def plain(hidden, kernel):
+        return jax.nn.gelu(hidden, approximate=True) @ kernel
+
+    both = (jax.vjp(function, hidden, kernel) for function in (gelu_product, plain))
+    for ours, expected in zip(*((value, *pull_back(slopes)) for value, pull_back in both)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_of_the_widest_arrays_of_a_layer_one_is_kept_for_the_backward_pass():
+    def bytes_of(layers):
+        def changed(x, kernels):
+            for kernel in kernels:
+                x = x + gelu_product(x @ kernel, kernel.T)
+            return x.sum()
+
+        arguments = jnp.zeros((64, 64, 8)), [jnp.zeros((8, 512))] * layers
+        lowered = jax.jit(jax.grad(changed, argnums=(0, 1))).lower(*arguments)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    widest_bytes = 4 * 64 * 64 * 512
+    assert bytes_of(9) - bytes_of(3) < 6 * widest_bytes * 1.5  # automatic differentiation keeps three
