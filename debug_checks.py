@@ -68,7 +68,7 @@ def _check_microbatch(
         _check(array, f"parameter {name}")
     model = nnx.merge(graph, params)
     hidden_BTD = None
-    for stage, hidden_BTD in model.stages(inputs_BT, rngs()):
+    for stage, hidden_BTD in model.stages(model.embed(inputs_BT), rngs()):
         _check(hidden_BTD, f"hidden states after {stage}")
     _check(jax.lax.map(lambda hidden_TD: _extremes(model.unembed(hidden_TD)), hidden_BTD), "logits")
     loss, grads = jax.value_and_grad(

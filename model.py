@@ -160,16 +160,23 @@ class GPTModel(nnx.Module):
 
     def hidden_states(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head reads, (B, T, D), float32."""
-        *_, (_, hidden_BTD) = self.stages(tokens_BT, dropout_rngs)
-        return hidden_BTD
+        return self.transform(self.embed(tokens_BT), dropout_rngs)
 
-    def stages(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> Iterator[tuple[str, jax.Array]]:
-        """Yield the hidden states (B, T, D), float32, after each stage, with its name."""
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return the rows of the token embedding, (B, T, D), float32."""
         chex.assert_rank(tokens_BT, 2, custom_message="token ids, expected as (B, T)")
         chex.assert_type(tokens_BT, int, custom_message="token ids")
-        length = tokens_BT.shape[1]
+        return self.token_embedding(tokens_BT.astype(jnp.int32))
+
+    def transform(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return the hidden states after the last stage, (B, T, D), float32, for embedded tokens."""
+        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout_rngs)
+        return hidden_BTD
+
+    def stages(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> Iterator[tuple[str, jax.Array]]:
+        """Yield the hidden states (B, T, D), float32, after each stage, with its name, for embedded tokens."""
+        length = x_BTD.shape[1]
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
-        x_BTD = self.token_embedding(tokens_BT.astype(jnp.int32))
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(jnp.arange(length))[None]
         x_BTD = self.dropout(x_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)

@@ -103,7 +103,8 @@ def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) 
 def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
     """Average loss and gradient over the microbatches of a call, one forward and backward pass at a time.
 
-    Also returns the loss of each microbatch, (A,).
+    The gradients of the two large tables, head and embedding, are added up where they arise: an array of their size for
+    each microbatch would cost as much as several layers. Also returns the loss of each microbatch, (A,).
     """
     graph, params = nnx.split(model)
     global_step, first = batch.position
@@ -114,14 +115,15 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
         inputs_BT, targets_BT, number = microbatch
 
-        def hidden_states(params: nnx.State) -> jax.Array:
-            return nnx.merge(graph, params).hidden_states(inputs_BT, rngs_of(seed_key, global_step, number))
+        def hidden_states(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
+            return nnx.merge(graph, params).transform(x_BTD, rngs_of(seed_key, global_step, number))
 
-        hidden_BTD, pull_back = jax.vjp(hidden_states, cast)
+        hidden_BTD, pull_back = jax.vjp(hidden_states, cast, model.embed(inputs_BT))
         totals = nnx.merge(graph, total)
-        head = totals.unembedding.embedding
+        head, embedding = totals.unembedding.embedding, totals.token_embedding.embedding
         loss, slopes_BTD, head[...] = add_head_gradient(head[...], prepared_PD, hidden_BTD, targets_BT, 1 / count)
-        [grads] = pull_back(slopes_BTD)
+        grads, slopes_BTD = pull_back(slopes_BTD)
+        embedding[...] = embedding[...].at[inputs_BT].add(slopes_BTD)
         return jax.tree.map(jnp.add, nnx.state(totals), grads), loss  # in float32
 
     microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))

@@ -212,11 +212,11 @@ def test_a_layer_that_changes_the_shape_is_refused_with_both_sides():
 def test_the_stages_are_named_and_the_last_is_what_the_head_reads():
     model = tiny_model(n_layers=2)
     tokens = jnp.arange(8).reshape(2, 4)
-    names, states = zip(*model.stages(tokens))
+    names, states = zip(*model.stages(model.embed(tokens)))
     assert names == ("the embedding", "block 0", "block 1", "the output norm")
     np.testing.assert_array_equal(states[-1], model.hidden_states(tokens))
     bare = tiny_model(n_layers=0, output_norm=False)
-    assert [name for name, _ in bare.stages(tokens)] == ["the embedding"]
+    assert [name for name, _ in bare.stages(bare.embed(tokens))] == ["the embedding"]
 
 
 def test_the_product_with_gelu_and_its_gradients_are_those_of_automatic_differentiation():
