@@ -7,6 +7,7 @@ The vocabulary files are the ones that OpenAI published with GPT-2 (https://gith
 import functools
 import importlib.metadata
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
@@ -42,6 +43,21 @@ def gpt2_encoding() -> tiktoken.Encoding:
 def encode(text: str) -> list[int]:
     """Encode text as GPT-2 token ids; special tokens in it are ordinary text."""
     return gpt2_encoding().encode_ordinary(text)
+
+
+def encode_to_array(text: str, *, special: bool = False) -> np.ndarray:
+    """Encode text as GPT-2 token ids, (num_tokens,), uint16, without holding Python's lock.
+
+    `<|endoftext|>` in it is ordinary text unless `special`. What is half of a surrogate pair becomes the replacement
+    character, since no UTF-8 has it.
+    """
+    allowed = {ENDOFTEXT} if special else set()
+    try:
+        ids = gpt2_encoding().encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+    except UnicodeEncodeError:
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = gpt2_encoding().encode_to_numpy(whole, allowed_special=allowed, disallowed_special=())
+    return ids.astype(np.uint16)
 
 
 def decode(token_ids: list[int]) -> str:

@@ -8,15 +8,15 @@ from conftest import ROOT
 FLOORS = [
     set(names.split())
     for names in (
-        "attention command_line compilation_cache config interruption layer_norm metrics run_directory stopwatch "
-        "tensor_files tokenizer",
-        "builtin_data charts data drift flops loss manifest mesh model optimizer samples weights",
-        "dataset_sources inspection preflight steps",
+        "attention command_line compilation_cache config documents interruption layer_norm metrics run_directory "
+        "stopwatch tensor_files token_writer tokenizer",
+        "builtin_data charts data data_description drift flops loss manifest mesh model optimizer samples weights",
+        "dataset_sources inspection preflight preparing steps",
         "checkpointing debug_checks evaluation fitting generation overfitting",
         "comparison saved_model training",
         "saving starting watching",
         "loop",
-        "compare_runs inspect_checkpoint prove_resume test_a_to_a test_generation train",
+        "compare_runs inspect_checkpoint prepare_data prove_resume test_a_to_a test_generation train",
     )
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

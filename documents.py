@@ -1,0 +1,252 @@
+"""Documents out of files of text, JSON lines or Parquet, plain or compressed, and out of datasets of the Hub."""
+
+import codecs
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
+COMPRESSED = {".gz", ".zst"}
+BLOCK_BYTES = 2**20
+LARGEST_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
+ROWS = 256  # of a table, read at a time
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are found in files: see `prepare_data.py --help`."""
+
+    field: str = "text"
+    separator: str | None = None
+    errors: Literal["strict", "replace"] = "strict"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of documents."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def version(self) -> list[int]:
+        """What changes with the file's content: size and time of modification."""
+        return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
+
+    def documents(self, reading: Reading, skip: int) -> Iterator[tuple[str, int]]:
+        """Yield all documents but the first `skip`, each with how many bytes of the file have been read.
+
+        Raises ValueError, naming the place, when one cannot be read.
+        """
+        with _opened(self.path) as (raw, content):
+            kind = _kind(self.path)
+            read = _lines if kind in LINES else _rows if kind in TABLE else _texts
+            number = 0
+            for number, text in enumerate(read(self.path, content, reading), start=1):
+                if number > skip:
+                    yield text, raw.tell()
+        if not number:
+            raise ValueError(f"{self.path}: expected documents, got none; leave it out")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset for the library `datasets`: on the Hugging Face Hub, or a folder or script that it understands."""
+
+    dataset: str
+    config: str | None
+    split: str
+
+    @property
+    def name(self) -> str:
+        return "/".join(part for part in (self.dataset, self.config, self.split) if part)
+
+    @property
+    def size_bytes(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
+
+    def documents(self, reading: Reading, skip: int) -> Iterator[tuple[str, int]]:
+        """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
+        datasets = _needed("datasets")
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+        except Exception as error:  # of any library below
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{self.name}: the dataset cannot be opened: {reason}") from error
+        size = 0
+        for number, row in enumerate(rows.skip(skip), start=skip + 1):
+            text = _text_of(row, reading.field, f"{self.name}: row {number:,}")
+            size += len(text.encode("utf-8", "surrogatepass"))
+            yield text, size
+
+
+def find_files(paths: list[Path]) -> list[File]:
+    """List files, and the files below folders whose suffix tells that they hold text, in order of their names.
+
+    Raises ValueError when a path does not exist or a folder has none.
+    """
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: expected a file or folder of text, found nothing")
+        if path.is_dir():
+            known = TEXT | LINES | TABLE
+            below = [file for file in sorted(path.rglob("*")) if file.is_file() and _kind(file) in known]
+            if not below:
+                endings = " ".join(sorted(known))
+                raise ValueError(f"{path}: expected files that end in {endings} (also .gz, .zst), found none below it")
+            found += below
+        else:
+            found.append(path)
+    for path in found:
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError(f"{path}: the file is empty; leave it out")
+    return [File(path) for path in dict.fromkeys(found)]
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that tells what a file holds, without that of its compression."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
+    """Open a file twice over: as it lies on the disk, and as what its compression hides."""
+    try:
+        with path.open("rb") as raw:
+            if path.suffix.lower() == ".gz":
+                with gzip.open(raw) as content:
+                    yield raw, content
+            elif path.suffix.lower() == ".zst":
+                decompressor = _needed("zstandard").ZstdDecompressor()
+                yield raw, io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True), BLOCK_BYTES)
+            else:
+                yield raw, raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+        raise
+
+
+def _needed(module: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError:
+        raise ValueError(f"expected the package {module}, not installed; add `--group prepare` to `uv run`") from None
+
+
+def _texts(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+    """Yield what stands between separators, or all of a file of plain text."""
+    separator = (reading.separator or "").encode()
+    rest, position, is_first = b"", 0, True
+    while block := content.read(BLOCK_BYTES if separator else LARGEST_DOCUMENT_BYTES + 1):
+        if is_first and block.startswith(codecs.BOM_UTF8):
+            block, position = block[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+        is_first = False
+        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
+        for document in whole:
+            yield _decoded(document, path, position, reading)
+            position += len(document) + len(separator)
+        if len(rest) > LARGEST_DOCUMENT_BYTES:
+            raise ValueError(
+                f"{path}: expected documents of at most {LARGEST_DOCUMENT_BYTES // 2**20} MiB, got a larger one at "
+                f"byte {position:,}; say with --separator where documents end"
+            )
+    if rest:
+        yield _decoded(rest, path, position, reading)
+
+
+def _lines(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+    """Yield a field of the JSON object in each line."""
+    position = 0
+    for number in range(1, 2**63):
+        line = content.readline(LARGEST_DOCUMENT_BYTES + 1)
+        if not line:
+            return
+        where = f"{path}: line {number:,}"
+        if len(line) > LARGEST_DOCUMENT_BYTES:
+            raise ValueError(f"{where}: expected at most {LARGEST_DOCUMENT_BYTES // 2**20} MiB in a line; cut it")
+        text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, position, reading)
+        position += len(line)
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: expected a JSON object, got other text ({error})") from None
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")  # noqa: TRY004
+        yield _text_of(row, reading.field, where)
+
+
+def _rows(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+    """Yield a column of a Parquet table, which needs a file to jump about in."""
+    _needed("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    with tempfile.TemporaryFile() as plain:
+        if path.suffix.lower() in COMPRESSED:
+            shutil.copyfileobj(content, plain)
+        try:
+            table = parquet.ParquetFile(plain if path.suffix.lower() in COMPRESSED else content)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: not a readable Parquet file ({str(error)[:200]})") from None
+        names = table.schema_arrow.names
+        if reading.field not in names:
+            raise ValueError(f"{path}: no column {reading.field!r}; --field takes one of {_listed(names)}")
+        number = 0
+        try:
+            for batch in table.iter_batches(ROWS, columns=[reading.field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield _text_of({reading.field: text}, reading.field, f"{path}: row {number:,}")
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: damaged after row {number:,} ({str(error)[:200]}); fetch it again") from None
+
+
+def _text_of(row: dict[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise ValueError(f"{where}: no field {field!r}; --field takes one of {_listed(row)}")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where}: expected text in {field!r}, got {type(row[field]).__name__}")  # noqa: TRY004
+    return row[field]
+
+
+def _decoded(content: bytes, path: Path, position: int, reading: Reading) -> str:
+    try:
+        return content.decode("utf-8", reading.errors)
+    except UnicodeDecodeError as error:
+        where = f"byte {position + error.start:,} is 0x{content[error.start]:02x}"
+        raise ValueError(f"{path}: expected UTF-8 text, but {where}; convert it, or use --errors replace") from None
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, list(names)[:20])) or "none"

@@ -1,0 +1,143 @@
+"""Make token files out of text: `uv run prepare_data.py FOLDER --text FILES…`, or `--hub DATASET`.
+
+Writes `train.safetensors`, `validation.safetensors` and `data.json` into the folder, which a run's `dataset` names.
+"""
+
+import argparse
+import errno
+import os
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+import command_line
+import data_description
+import preparing
+from command_line import say
+from documents import HubDataset, Reading, find_files
+from interruption import StopRequest, listening
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.describe:
+        if args.folder or args.text or args.hub:
+            raise ValueError("expected --describe FOLDER alone")
+        with tqdm(unit="token", unit_scale=True, dynamic_ncols=True, leave=False, delay=1) as bar:
+            _, lines = data_description.describe(args.describe, progress=lambda done: bar.update(done - bar.n))
+        print(*lines, sep="\n")
+        return command_line.DONE
+    if not args.folder or not (args.text or args.hub):
+        raise ValueError("expected a folder to write, and --text FILES or --hub DATASET; see --help")
+    sources: list[preparing.Source] = [*find_files(args.text)] if args.text else [HubDataset(args.hub, args.config, args.split)]
+    options = preparing.Options(
+        reading=Reading(args.field, args.separator, args.errors),
+        validation=args.validation,
+        limit_tokens=args.limit_tokens,
+        shuffle=args.shuffle,
+        deduplicate=args.deduplicate,
+        special_tokens=args.special_tokens,
+        seed=args.seed,
+    )
+    stop = StopRequest()
+    try:
+        with (
+            closing(preparing.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
+            listening(stop, "stopping; a second Ctrl-C leaves at once", "left at once; the same command goes on"),
+        ):
+            return prepare(preparation, args.workers, stop)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(f"{args.folder}: no space left; free some, and the same command goes on") from error
+
+
+def prepare(preparation: preparing.Preparation, workers: int, stop: StopRequest) -> int:
+    if preparation.goes_on:
+        say(f"going on after {preparation.progress.documents:,} documents")
+    sizes = [source.size_bytes or 0 for source in preparation.sources]
+    with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def show(bytes_read: int, preparation: preparing.Preparation) -> None:
+            done, tokens = preparation.progress.documents, preparation.num_tokens
+            bar.set_postfix_str(f"{done:,} documents, {tokens:,} tokens", refresh=False)
+            bar.update(sum(sizes[: preparation.progress.source]) + bytes_read - bar.n)
+
+        preparation.read(workers, lambda: bool(stop), show)
+    if stop:
+        say(f"stopped after {preparation.progress.documents:,} documents; the same command goes on")
+        return stop.exit_code
+
+    def searched(_: int) -> None:
+        if stop:
+            raise InterruptedError
+
+    try:
+        description = preparation.finish(say, searched)
+    except InterruptedError:
+        say("stopped; the same command completes it")
+        return stop.exit_code
+    print(*data_description.lines(description), sep="\n")
+    say(f'{preparation.out} is ready: say "dataset": "{preparation.out}" in a run\'s train.json')
+    return command_line.DONE
+
+
+def share(text: str) -> float:
+    """Read a share such as 1%, 0.01 or 0."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    if (value := int(text.replace("_", "").replace(",", ""))) < 1:
+        raise ValueError
+    return value
+
+
+def make_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser(description="Make token files of GPT-2's encoding out of text.")
+    parser.add_argument("folder", nargs="?", type=Path, help="the folder to make")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files, or folders of them: .txt .md .jsonl .parquet, also .gz .zst",
+    )
+    source.add_argument("--hub", metavar="DATASET", help="stream a dataset of the Hugging Face Hub")
+    source.add_argument("--describe", type=Path, metavar="FOLDER", help="count what is in token files, and stop")
+    parser.add_argument("--config", help="of --hub, such as sample-10BT")
+    parser.add_argument("--split", default="train", help="of --hub")
+    parser.add_argument("--field", default="text", help="of JSON lines, Parquet and --hub: what holds the text")
+    parser.add_argument(
+        "--separator",
+        type=lambda text: text.encode().decode("unicode_escape").encode("latin-1").decode(),
+        help=r"between the documents of plain text, such as '\n\n'; without it a file is a document",
+    )
+    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="at bytes that are not UTF-8")
+    parser.add_argument(
+        "--validation",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="of the documents, such as 1%% (the default); 0: none",
+    )
+    parser.add_argument("--limit-tokens", type=count, metavar="N", help="stop after the document that reaches N tokens")
+    parser.add_argument("--shuffle", action="store_true", help="put the documents in a seeded order")
+    parser.add_argument("--deduplicate", action="store_true", help="drop documents that were there before")
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="<|endoftext|> in the text is the token, not text"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of what is for validation, and of --shuffle")
+    parser.add_argument(
+        "--workers", type=count, default=os.cpu_count(), help="threads that tokenize; all cores unless said"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder, or start one anew")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

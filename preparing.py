@@ -1,0 +1,425 @@
+"""From documents to token files: all cores tokenize, the order stays, and a stop at any place loses nothing.
+
+Everything is written into a folder beside the one asked for, which gets its name when it is complete. What is done is
+noted there every few seconds; a new start cuts the token files to that and goes on.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data_description
+from config import read_json
+from documents import File, HubDataset, Reading
+from token_writer import TokenWriter, written_tokens
+from tokenizer import END_OF_TEXT, encode_to_array
+
+Source = File | HubDataset
+
+SPLITS = "train", "validation"
+DESCRIPTION, NOTE, LOCK = "data.json", "progress.json", "lock"
+SLICE_TOKENS = 2**24
+BATCH_CHARACTERS = 2**17  # of documents that are tokenized together
+PIECE_CHARACTERS = 2**20  # of a long document, whose pieces are tokenized on several cores
+SECONDS_BETWEEN_NOTES = 10
+BYTES_PER_TOKEN = 4.5  # of English
+COMPRESSION = 3.0
+DIGEST_BYTES = 16
+BORDER = re.compile(r"\S \S")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides, with the sources, which tokens come out."""
+
+    reading: Reading
+    validation: float = 0.01  # share of documents
+    limit_tokens: int | None = None
+    shuffle: bool = False
+    deduplicate: bool = False
+    special_tokens: bool = False
+    seed: int = 42
+
+
+@dataclass
+class Progress:
+    """How far a preparation is: what is on the disk, and which documents come next."""
+
+    command: dict[str, Any]
+    source: int = 0  # the one that is being read
+    documents_of_source: int = 0  # that are done
+    documents: int = 0  # that are done, of all sources, dropped ones included
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    per_source: list[dict[str, int]] = field(default_factory=list)
+    duplicates: int = 0
+    all_read: bool = False
+
+
+@dataclass
+class Batch:
+    """Documents on their way: their digests, and their tokens in pieces."""
+
+    source: int
+    bytes_read: int  # of the source, after them
+    digests: list[bytes]
+    pieces: list[Future[list[np.ndarray]]]  # of several documents, or several of one
+
+    def documents(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        done = [future.result() for future in self.pieces]
+        arrays = done[0] if len(done) == 1 else [np.concatenate(list(chain.from_iterable(done)))]
+        return zip(self.digests, arrays, strict=True)
+
+
+class Preparation:
+    """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
+
+    def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
+        self.out, self.sources, self.options = out, sources, options
+        self.folder = out.with_name(f".preparing-{out.name}")
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out}: is there already; use --overwrite, or another name")
+        self.command = {
+            "options": asdict(options),
+            "sources": [{"name": source.name, "version": source.version} for source in sources],
+        }
+        if not self.folder.exists():
+            _check_space(out, sources, options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        self._seen: _Seen | None = None
+        self.writers: dict[str, TokenWriter] = {}
+        try:
+            self._open(overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, overwrite: bool) -> None:
+        """Take the lock, see how far an earlier process has come, and cut the token files to that."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.out}: is being prepared by another process; wait for it or stop it") from None
+        note = self.folder / NOTE
+        self.progress = Progress(**read_json(note)) if note.exists() else Progress(self.command)
+        if self.progress.command != self.command:
+            if not overwrite:
+                raise ValueError(
+                    f"{self.out}: was begun with other {_difference(self.progress.command, self.command)}; "
+                    "type the same command again, or start anew with --overwrite"
+                )
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            self.progress = Progress(self.command)
+        self.goes_on = self.progress.documents > 0
+        self.splits = SPLITS if self.options.validation else SPLITS[:1]
+        self._noted = time.monotonic()
+        if (self.folder / DESCRIPTION).exists():  # it only lacks its name
+            return
+        for split in self.splits:
+            growing, finished = self.folder / f"{split}.tokens", self.folder / f"{split}.safetensors"
+            if finished.exists() and not growing.exists():
+                finished.rename(growing)
+            self.writers[split] = TokenWriter(growing, self.progress.tokens[split])
+        if self.options.deduplicate:
+            self._seen = _Seen(self.folder / "seen.sqlite")
+
+    def close(self) -> None:
+        """Leave the folder to others, as it is."""
+        for file in (*self.writers.values(), self._seen, self._lock):
+            if file:
+                file.close()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(writer.num_tokens for writer in self.writers.values())
+
+    def read(self, workers: int, should_stop: Callable[[], bool], show: Callable[[int, "Preparation"], None]) -> None:
+        """Tokenize the documents that are left, until all are done, the limit is reached, or a stop is asked for.
+
+        `show` is told after each batch how many bytes of the present source have been read.
+        """
+        if self.progress.all_read:
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for batch in _ahead(self._batches(pool), workers):
+                    if should_stop():
+                        break
+                    if self._is_full() or not self._write(batch):
+                        self.progress.all_read = True
+                        break
+                    show(batch.bytes_read, self)
+                    if time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
+                        self.note()
+                else:
+                    self.progress.all_read = True
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self.note()
+
+    def _is_full(self) -> bool:
+        return self.options.limit_tokens is not None and self.num_tokens >= self.options.limit_tokens
+
+    def _write(self, batch: Batch) -> bool:
+        """Append a batch's documents; return whether there was room for all of them."""
+        progress = self.progress
+        if batch.source != progress.source:
+            progress.source, progress.documents_of_source = batch.source, 0
+        while len(progress.per_source) <= batch.source:
+            progress.per_source.append({"documents": 0, "tokens": 0})
+        of_source = progress.per_source[batch.source]
+        for digest, tokens in batch.documents():
+            if self._is_full():
+                return False
+            if self._seen and not self._seen.add(digest, progress.documents):
+                progress.duplicates += 1
+            else:
+                self.writers[self._split_of(digest)].append(tokens)
+                of_source["documents"] += 1
+                of_source["tokens"] += len(tokens)
+            progress.documents += 1
+            progress.documents_of_source += 1
+        return True
+
+    def _split_of(self, digest: bytes) -> str:
+        """Choose by the text alone: equal documents stay together, whatever else comes and in which order."""
+        place = hashlib.blake2b(digest, digest_size=8, salt=self.options.seed.to_bytes(8, "little")).digest()
+        return "validation" if int.from_bytes(place, "little") < self.options.validation * 2**64 else "train"
+
+    def note(self) -> None:
+        """Write down how far it is, after what it tells of is safely on the disk."""
+        for split, writer in self.writers.items():
+            writer.sync()
+            self.progress.tokens[split] = writer.num_tokens
+        if self._seen:
+            self._seen.commit()
+        _write_json(self.folder / NOTE, asdict(self.progress))
+        self._noted = time.monotonic()
+
+    def finish(self, say: Callable[[str], None], show: Callable[[int], None]) -> dict[str, Any]:
+        """Complete the token files and `data.json`, and give the folder its name; returns what `data.json` says.
+
+        `show` is told how many training tokens have been searched for validation text. Raises ValueError when a split
+        would be empty.
+        """
+        if not (self.folder / DESCRIPTION).exists():
+            self._complete(say, show)
+        for path in self.folder.iterdir():
+            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, NOTE, LOCK):
+                path.unlink()
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.folder.rename(self.out)
+        for name in (NOTE, LOCK):
+            (self.out / name).unlink()
+        _sync_folder(self.out.parent)
+        return read_json(self.out / DESCRIPTION)
+
+    def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
+        for split, writer in self.writers.items():
+            if not writer.num_tokens:
+                count = sum(source["documents"] for source in self.progress.per_source)
+                raise ValueError(
+                    f"{self.out}: none of {count:,} document(s) fell into {split}; cut the text into more documents "
+                    "with --separator, or change --validation (0: none), and --overwrite"
+                )
+        if self._seen:
+            self._seen.close()
+        for split, writer in self.writers.items():
+            writer.finish()
+            finished = self.folder / f"{split}.safetensors"
+            if self.options.shuffle:
+                say(f"shuffling the documents of {split}")
+                shuffle_documents(writer.path, finished, self.options.seed)
+            else:
+                writer.path.rename(finished)
+        say("hashing sources, counting tokens, looking for validation text in the training text")
+        _write_json(self.folder / DESCRIPTION, self._describe(show))
+
+    def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
+        paths = {split: self.folder / f"{split}.safetensors" for split in self.splits}
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(_sha256, self.sources))
+        counts = self.progress.per_source  # a limit may have left the last sources out
+        total = sum(source["tokens"] for source in counts)
+        sources = [
+            {"name": source.name, "size_bytes": source.size_bytes, "sha256": sha256}
+            | count
+            | {"share": count["tokens"] / total}
+            for source, sha256, count in zip(self.sources, hashes, counts)
+        ]
+        return {
+            "format": 1,
+            "sources": sources,
+            "splits": {split: data_description.describe_split(path) for split, path in paths.items()},
+            "tokenizer": "gpt2",
+            "seed": self.options.seed,
+            "options": asdict(self.options),
+            "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
+            "leakage": data_description.leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
+        }
+
+    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        """Hand documents to the pool, from the first one that is not done."""
+        for number in range(self.progress.source, len(self.sources)):
+            skip = self.progress.documents_of_source if number == self.progress.source else 0
+            texts: list[str] = []
+            characters = bytes_read = 0
+            for text, bytes_read in self.sources[number].documents(self.options.reading, skip):
+                if len(text) > PIECE_CHARACTERS:
+                    if texts:
+                        yield self._batch(pool, number, bytes_read, texts)
+                    yield self._batch(pool, number, bytes_read, [text])
+                    texts, characters = [], 0
+                    continue
+                texts.append(text)
+                characters += len(text) + 100  # for very short ones
+                if characters > BATCH_CHARACTERS:
+                    yield self._batch(pool, number, bytes_read, texts)
+                    texts, characters = [], 0
+            if texts:
+                yield self._batch(pool, number, bytes_read, texts)
+
+    def _batch(self, pool: ThreadPoolExecutor, source: int, bytes_read: int, texts: list[str]) -> Batch:
+        pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
+        special = self.options.special_tokens
+        futures = [
+            pool.submit(_tokenize, part, special, number == len(pieces)) for number, part in enumerate(pieces, 1)
+        ]
+        return Batch(source, bytes_read, [_digest(text) for text in texts], futures)
+
+
+def cut(text: str) -> list[str]:
+    """Cut a long text into pieces of about `PIECE_CHARACTERS`, where GPT-2's encoding has a border in any case.
+
+    That is before a space between two characters that are no spaces: a piece of GPT-2's pattern begins with it. Digits,
+    letters and signs around it do not matter.
+    """
+    pieces, start = [], 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        while end < len(text) and not BORDER.match(text, end - 1):
+            end += 1
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
+    """Write the documents of a token file in a seeded order into another one; in memory is only where they begin."""
+    tokens = written_tokens(path)
+    starts = range(0, len(tokens), SLICE_TOKENS)
+    ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]
+    borders = np.concatenate([np.zeros(1, int), *ends])
+    shuffled.unlink(missing_ok=True)
+    with closing(TokenWriter(shuffled)) as writer:
+        for document in np.random.default_rng(seed).permutation(len(borders) - 1):
+            writer.append(tokens[borders[document] : borders[document + 1]])
+        writer.finish()
+
+
+def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:
+    """Encode texts, each followed by the end of a document unless it is the beginning of a longer one."""
+    arrays = [encode_to_array(text, special=special) for text in texts]
+    return [np.append(array, np.uint16(END_OF_TEXT)) for array in arrays] if is_end else arrays
+
+
+def _ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
+    """Yield batches while later ones are being tokenized: two for each worker, or as many pieces."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        while sum(len(each.pieces) for each in waiting) > 2 * workers:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+class _Seen:
+    """The documents that were there before, on the disk: their digests, and the number of the first of each."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path)
+        self._database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
+
+    def add(self, digest: bytes, number: int) -> bool:
+        """Return whether document `number` is the first of its kind, also when it was added before a kill."""
+        self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, number))
+        [first] = self._database.execute("SELECT first FROM seen WHERE digest = ?", (digest,)).fetchone()
+        return first == number
+
+    def commit(self) -> None:
+        self._database.commit()
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if old["sources"] != new["sources"]:
+        return "sources (or they have changed since)"
+    changed = [key for key in new["options"] if old["options"].get(key) != new["options"][key]]
+    return f"options ({', '.join(changed)})"
+
+
+def _check_space(out: Path, sources: list[Source], options: Options) -> None:
+    """Raise ValueError when the disk has clearly too little room."""
+    text_bytes = sum(
+        (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
+        for source in sources
+    )
+    tokens = min(text_bytes / BYTES_PER_TOKEN, options.limit_tokens or float("inf"))
+    needed = 2 * tokens * (2 if options.shuffle else 1)
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: expected about {needed / 2**30:.2f} GiB of space, got {free / 2**30:.2f} GiB; free some, take "
+            "another disk, or use --limit-tokens"
+        )
+
+
+def _sha256(source: Source) -> str | None:
+    if not isinstance(source, File):
+        return None
+    with source.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
