@@ -111,7 +111,7 @@ class TrainConfig(Config):
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
     epochs: int = key("fatal", 1, ge=1)
-    shuffle: bool = key("fatal", True)  # sequences, anew each epoch: neighbours in a file are alike, a poor batch
+    shuffle: bool = key("fatal", True)  # the first epoch too: neighbours in a file are alike, a poor batch
     start_train_token: int = key("fatal", 0, ge=0)
     start_val_token: int = key("announced", 0, ge=0)
     val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all

@@ -100,14 +100,14 @@ class TokenStream:
         epoch, step_in_epoch = divmod(step, self.num_steps)
         per_step = microbatches * sequences
         chosen = np.arange(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
-        if self.shuffle:
+        if self.shuffle or epoch:
             chosen = _sequence_order(self.seed, epoch, self.num_steps * per_step)[chosen]
         return (chosen * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16.
 
-        Shuffled, every epoch takes all sequences in a seeded order of its own; otherwise it takes them in file order.
+        Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
         """
         host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
         windows = np.stack([host_tokens[first : first + length + 1] for first in self.positions(step).flat])

@@ -19,7 +19,7 @@ from interruption import StopRequest, listening
 from mesh import describe_devices, device_kind
 from run_directory import RunDirectory
 from saving import Saver
-from starting import go_on_from, set_up, tokens_available, whole_steps
+from starting import go_on_from, leaked_share, set_up, tokens_available, whole_steps
 from steps import compile_train_step, steps_ahead
 from stopwatch import Stopwatch
 from training import (
@@ -57,7 +57,7 @@ def train_or_go_on(
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
     say(describe_devices())
-    say(*preflight.describe(run, model_config, config, tokens_available(config)))
+    say(*preflight.describe(run, model_config, config, tokens_available(config), leaked_share(config)))
     say(describe_peak(device_kind(), config.precision))
     if model_config.n_layers:
         say(describe_attention(config.precision, model_config.head_width, config.drop_rate, jax.default_backend()))

@@ -11,8 +11,18 @@ from run_directory import RunDirectory
 GIB = 2**30
 
 
-def describe(run: RunDirectory, model: ModelConfig, train: TrainConfig, available_tokens: int | None) -> list[str]:
-    """Return the preflight, a line per subject; `available_tokens` None when the data are not there yet."""
+def describe(
+    run: RunDirectory,
+    model: ModelConfig,
+    train: TrainConfig,
+    available_tokens: int | None,
+    leaked_share: float | None = None,
+) -> list[str]:
+    """Return the preflight, a line per subject.
+
+    `available_tokens` is None when the data are not there yet, `leaked_share` (of validation that occurs in training)
+    when their `data.json` does not say.
+    """
     parameters = count_parameters(model)
     tokens_per_step = tokens_per_global_step(model, train)
     steps = steps_per_epoch(model, train, available_tokens)
@@ -30,6 +40,8 @@ def describe(run: RunDirectory, model: ModelConfig, train: TrainConfig, availabl
             f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
             f"{tokens / parameters:.3g} tokens per parameter"
         )
+    if leaked_share is not None:
+        lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, by data.json")
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
     lines.append(_memory(model, train, parameters))
     lines.append(_disk(run, train, parameters))

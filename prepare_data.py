@@ -29,7 +29,9 @@ def main(args: argparse.Namespace) -> int:
         return command_line.DONE
     if not args.folder or not (args.text or args.hub):
         raise ValueError("expected a folder to write, and --text FILES or --hub DATASET; see --help")
-    sources: list[preparing.Source] = [*find_files(args.text)] if args.text else [HubDataset(args.hub, args.config, args.split)]
+    sources: list[preparing.Source] = (
+        [*find_files(args.text)] if args.text else [HubDataset(args.hub, args.config, args.split)]
+    )
     options = preparing.Options(
         reading=Reading(args.field, args.separator, args.errors),
         validation=args.validation,

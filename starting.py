@@ -7,6 +7,7 @@ import drift
 import samples
 from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
+from data_description import recorded_leakage
 from dataset_sources import dataset_folder, dataset_revision
 from model import create_model
 from optimizer import make_optimizer
@@ -21,6 +22,11 @@ def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
     if not fetch and not path.exists():
         return None
     return max(0, count_tokens(path) - config.start_train_token)
+
+
+def leaked_share(config: TrainConfig) -> float | None:
+    """Say what share of validation occurs in training, where the dataset's `data.json` does."""
+    return recorded_leakage(dataset_folder(config.dataset, fetch=False))
 
 
 def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool = False) -> int | None:

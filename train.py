@@ -64,9 +64,9 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Print what a run will be and need."""
     import preflight
-    from starting import tokens_available
+    from starting import leaked_share, tokens_available
 
-    print(*preflight.describe(run, model_config, config, tokens_available(config)), sep="\n")
+    print(*preflight.describe(run, model_config, config, tokens_available(config), leaked_share(config)), sep="\n")
     return command_line.DONE
 
 

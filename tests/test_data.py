@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from conftest import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config, tiny_train_config
 from safetensors.numpy import save_file
 
+from config import MEMORY_BYTES
 from data import TokenStream, count_tokens, fingerprint, load_tokens, open_streams, unigram_entropy
+from token_writer import HEADER_BYTES, TokenWriter
 
 K, B, T = 4, 2, 3
 STEPS = 5
@@ -87,11 +90,14 @@ def test_every_epoch_tiles_the_file_once_in_an_order_of_its_own():
     assert len({sequences.tobytes() for sequences in [file_order, *epochs]}) == 5
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_without_shuffling_every_epoch_reads_the_file_in_its_order(epoch):
+def test_without_shuffling_the_first_epoch_reads_the_file_in_its_order_and_later_ones_their_own():
     tokens = stream(shuffle=False)
-    assert (epoch_inputs(tokens, epoch).ravel() == np.arange(STEPS * K * B * T)).all()
+    in_order = np.arange(STEPS * K * B * T)
+    assert (epoch_inputs(tokens, 0).ravel() == in_order).all()
     assert tokens.batch(STEPS - 1)[1].max() == tokens.tokens.size - 1
+    later = [epoch_inputs(tokens, epoch).ravel() for epoch in (1, 2)]
+    assert all((np.sort(epoch) == in_order).all() for epoch in later)
+    assert len({epoch.tobytes() for epoch in (in_order, *later)}) == 3
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -339,3 +345,16 @@ def test_a_fingerprint_changes_with_every_token(place):
 def test_the_unigram_entropy_is_that_of_the_formula(counts, entropy):
     tokens = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts), dtype=np.uint16), counts))
     assert unigram_entropy(jax.device_put(tokens)) == pytest.approx(entropy, abs=1e-12)
+
+
+def test_a_token_file_larger_than_memory_gives_the_range_that_is_asked_for(tmp_path):
+    path = tmp_path / "train.safetensors"
+    writer = TokenWriter(path)
+    writer.num_tokens = 2 * MEMORY_BYTES // 2  # twice the memory, all of it a hole in the file
+    writer.finish()
+    with path.open("r+b") as file:
+        file.truncate(HEADER_BYTES + 2 * writer.num_tokens)
+        file.seek(-6, os.SEEK_END)
+        file.write(np.array([7, 8, 9], np.uint16).tobytes())
+    assert count_tokens(path) == writer.num_tokens
+    assert load_tokens(path, 10, writer.num_tokens - 4).tolist() == [0, 7, 8, 9]

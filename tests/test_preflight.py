@@ -103,6 +103,12 @@ def test_memory_holds_at_least_parameters_moments_and_gradient(run):
     assert gib(reference_train()) < gib(reference_train(microbatches_per_call=2))  # an accumulator of MultiSteps
 
 
+def test_validation_that_is_trained_on_is_told_where_it_is_known(run):
+    lines = describe(run, SHELL, reference_train(), None, 0.1234)
+    assert line_of("data", lines) == "data    12.3% of validation occurs in the training tokens, by data.json"
+    assert not [line for line in describe(run, SHELL, reference_train(), None) if line.startswith("data")]
+
+
 def test_warnings_about_the_model_come_last(run):
     lines = describe(run, tiny_model_config(emb_dim=36), tiny_train_config(), None)
     assert lines[-1].startswith("WARNING ") and "head width 9" in lines[-1]
