@@ -236,9 +236,10 @@ class Preparation:
         for split, writer in self.writers.items():
             if not writer.num_tokens:
                 count = sum(source["documents"] for source in self.progress.per_source)
+                shutil.rmtree(self.folder)  # the same command could not go on either
                 raise ValueError(
                     f"{self.out}: none of {count:,} document(s) fell into {split}; cut the text into more documents "
-                    "with --separator, or change --validation (0: none), and --overwrite"
+                    "with --separator, or change --validation (0: none)"
                 )
         if self._seen:
             self._seen.close()
