@@ -1,28 +1,37 @@
 """Where token files come from; the Hub is a server on this machine, spoken to by the real client."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
+from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import random_tokens
-from huggingface_hub import close_session, constants
+from conftest import ROOT, random_tokens
+from huggingface_hub import close_session, constants, file_download, hf_hub_download
 from safetensors.numpy import load_file, save
 
 import dataset_sources
-from dataset_sources import dataset_folder, dataset_revision
+from dataset_sources import dataset_folder, dataset_revision, impostor
 
-COMMIT = "c0ffee" * 6 + "cafe"
-SEEDS = {"train": 0, "validation": 1}
-DATASETS = {"both": ["train", "validation"], "no-validation": ["train"], "no-train": ["validation"]}
-FILES = {
-    f"/datasets/owner/{dataset}/resolve/main/{split}.safetensors": save({"tokens": random_tokens(1000, SEEDS[split])})
-    for dataset, splits in DATASETS.items()
-    for split in splits
-}
+COMMIT, LATER_COMMIT = "c0ffee" * 6 + "cafe", "decaf0" * 6 + "cafe"
+TRAIN, VALIDATION = "train.safetensors", "validation.safetensors"
+TOKENS = {TRAIN: random_tokens(1000), VALIDATION: random_tokens(1000, seed=1)}
+FILES = {name: save({"tokens": tokens}) for name, tokens in TOKENS.items()}
+LATER_FILES = {name: save({"tokens": random_tokens(1000, seed=2)}) for name in FILES}
+SIZE = len(FILES[TRAIN])  # bytes, as the other's
+TOO_OFTEN = [500] * 6  # the client tries five times more when nothing arrives
+HTML = b"\n<!DOCTYPE html>\n<html><body>Please log in to the wireless network</body></html>"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2096\n"
 
 
 @pytest.fixture(autouse=True)
@@ -32,28 +41,127 @@ def data_folder(tmp_path, monkeypatch):
     return folder
 
 
+class Request(NamedTuple):
+    method: str
+    path: str
+    first_byte: int  # of the range that is asked for
+    token: str | None
+
+
+class HubServer(http.server.ThreadingHTTPServer):
+    """What is on the Hub, what goes wrong there, and what it was asked for."""
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.newest = COMMIT
+        self.revisions = {COMMIT: FILES | {"README.md": b"# Tokens"}, LATER_COMMIT: LATER_FILES}
+        self.datasets = {"both": FILES.keys(), "no-validation": {TRAIN}, "no-train": {VALIDATION}}
+        self.refuses = None  # status and X-Error-Code
+        self.sends_instead = {}  # by name of a file
+        self.hangs_up_at = []  # bytes of train.safetensors, each once
+        self.requests = []
+        self.downloads = []  # the requests that were answered with content
+        self.bytes_sent = 0
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs."""
+    """As much of the Hub as a download needs: files are on a content delivery network, which has another name."""
 
     def do_HEAD(self):
-        self.server.requests.append((self.command, self.path))
-        content = FILES.get(self.path)
-        known = any(path.startswith(self.path.rpartition("/")[0] + "/") for path in FILES)
-        self.send_response(404 if content is None else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        if content is None:
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        first_byte = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        request = Request(self.command, self.path, first_byte, self.headers.get("Authorization"))
+        self.server.requests.append(request)
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/cdn/"):
+            self.send_file(name, self.server.revisions[self.path.split("/")[2]][name])
+        elif self.server.refuses:
+            self.answer(self.server.refuses[0], {"X-Error-Code": self.server.refuses[1]})
         else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.end_headers()
+            _, _, _, dataset, _, revision, _ = self.path.split("/")
+            self.resolve(dataset, self.server.newest if revision == "main" else revision, name)
 
     def do_GET(self):
         self.do_HEAD()
-        self.wfile.write(FILES.get(self.path, b""))
+
+    def resolve(self, dataset, revision, name):
+        if dataset not in self.server.datasets:
+            self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        elif revision not in self.server.revisions:
+            self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        elif name not in self.server.datasets[dataset]:
+            self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": revision})
+        else:
+            self.send_known_file(revision, name, self.server.revisions[revision][name])
+
+    def send_known_file(self, revision, name, content):
+        location = f"http://localhost:{self.server.server_port}/cdn/{revision}/{name}"
+        linked = {"X-Linked-Size": len(content), "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        self.answer(302, {"Location": location, "X-Repo-Commit": revision, "ETag": '"of the redirect"', **linked})
+
+    def send_file(self, name, content, **headers):
+        request = self.server.requests[-1]
+        if self.command == "GET":
+            self.server.downloads.append(request)
+            content = self.server.sends_instead.get(name, content)
+        if request.first_byte:
+            headers["Content-Range"] = f"bytes {request.first_byte}-{len(content) - 1}/{len(content)}"
+        part = content[request.first_byte :]
+        self.answer(206 if request.first_byte else 200, headers | {"Content-Length": len(part)})
+        if name == TRAIN and self.command == "GET" and self.server.hangs_up_at:
+            part = content[request.first_byte : self.server.hangs_up_at.pop(0)]
+            self.close_connection = True
+        if self.command == "GET":
+            self.server.bytes_sent += len(part)
+            self.wfile.write(part)
+
+    def answer(self, status, headers):
+        self.send_response(status)
+        for header, value in ({"Content-Length": 0} | headers).items():
+            self.send_header(header, str(value))
+        self.end_headers()
 
     def log_message(self, *args):
         pass
+
+
+class SmallFilesHub(Hub):
+    """The Hub for files that are in the git repository itself: it sends them itself, and git's checksum."""
+
+    etag = '"{}"'.format
+
+    def send_known_file(self, revision, name, content):
+        checksum = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self.send_file(name, content, **{"X-Repo-Commit": revision, "ETag": self.etag(checksum)})
+
+
+class NoHub(Hub):
+    """A server, such as a hotel's, that answers every request with the same page."""
+
+    def do_HEAD(self):
+        self.answer(200, {"Content-Length": len(HTML)})
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(HTML)
+
+
+class MovingHub(Hub):
+    """A Hub where a new revision appears as soon as the first question is answered."""
+
+    def resolve(self, *args):
+        self.server.newest = LATER_COMMIT
+        super().resolve(*args)
+
+
+class SlowHub(Hub):
+    """A Hub that sends no file before two clients have asked for what there is."""
+
+    def send_file(self, *args):
+        deadline = time.monotonic() + 10
+        while sum(request.method == "HEAD" for request in self.server.requests) < 4 and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        threading.Event().wait(0.2)  # for the second to come as far as it can
+        super().send_file(*args)
 
 
 class Broken(Hub):
@@ -73,8 +181,10 @@ def point_client_at(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # bytes
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
         close_session()
 
@@ -84,18 +194,21 @@ def point_client_at(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve(point_client_at):
-    """Be the Hub: `serve(Hub)` returns the list of requests that come in."""
+    """Be the Hub: `serve(Hub)` returns the server."""
     with contextlib.ExitStack() as stack:
 
         def start(handler):
-            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            server.requests = []
+            server = stack.enter_context(HubServer(handler))
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
             stack.callback(server.shutdown)
             point_client_at(server.server_port)
-            return server.requests
+            return server
 
         yield start
+
+
+def is_from(folder, files):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == files
 
 
 def refusal(dataset, **keywords):
@@ -115,11 +228,27 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path):
 
 
 def test_a_local_folder_wins_over_a_hub_dataset_of_its_name(serve, tmp_path, monkeypatch):
-    requests = serve(Hub)
+    hub = serve(Hub)
     (tmp_path / "owner" / "both").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert dataset_folder("owner/both").samefile(tmp_path / "owner" / "both")
-    assert requests == []
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", [TRAIN, VALIDATION])
+@pytest.mark.parametrize(("content", "what"), [(HTML, "an HTML page"), (LFS_POINTER, "a Git LFS pointer")])
+@pytest.mark.parametrize("fetch", [False, True])
+def test_what_lies_in_a_token_files_place_is_named(tmp_path, name, content, what, fetch):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: expected a safetensors file, got {what}"):
+        dataset_folder(str(tmp_path), fetch=fetch)
+
+
+def test_a_safetensors_file_is_no_impostor_whatever_byte_it_begins_with(tmp_path):
+    path = tmp_path / TRAIN
+    for content in (FILES[TRAIN], ord("<").to_bytes(8, "little") + b"{}"):
+        path.write_bytes(content)
+        assert impostor(path) is None
 
 
 @pytest.mark.parametrize("fetch", [False, True])
@@ -205,16 +334,23 @@ def test_two_processes_that_make_the_same_data_do_not_disturb_each_other(monkeyp
 # The Hub
 
 
-@pytest.mark.parametrize("dataset", ["both", "no-validation"])
-def test_a_hub_dataset_is_downloaded_with_or_without_validation(serve, data_folder, dataset):
-    serve(Hub)
+@pytest.mark.parametrize("handler", [Hub, SmallFilesHub])
+@pytest.mark.parametrize(("dataset", "names"), [("both", [TRAIN, VALIDATION]), ("no-validation", [TRAIN])])
+def test_a_hub_dataset_is_downloaded_with_or_without_validation(serve, data_folder, handler, dataset, names):
+    serve(handler)
     folder = dataset_folder(f"owner/{dataset}")
     assert folder == data_folder / "owner" / dataset
-    assert sorted(path.stem for path in folder.glob("*.safetensors")) == DATASETS[dataset]
-    for split in DATASETS[dataset]:
-        tokens = load_file(folder / f"{split}.safetensors")["tokens"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == ["hub.json", *names]
+    for name in names:
+        tokens = load_file(folder / name)["tokens"]
         assert tokens.dtype == np.uint16
-        assert (tokens == random_tokens(1000, SEEDS[split])).all()
+        assert (tokens == TOKENS[name]).all()
+
+
+def test_nothing_but_the_token_files_is_asked_for(serve):
+    hub = serve(Hub)
+    dataset_folder("owner/both")
+    assert {request.path.rpartition("/")[2] for request in hub.requests} == {TRAIN, VALIDATION}
 
 
 def test_the_revision_of_a_download_is_known_and_other_folders_have_none(serve, tmp_path):
@@ -223,30 +359,78 @@ def test_the_revision_of_a_download_is_known_and_other_folders_have_none(serve, 
     assert dataset_revision(tmp_path) is None
 
 
+def test_the_revision_of_a_download_by_the_hubs_own_client_is_known(serve, tmp_path):
+    serve(Hub)
+    hf_hub_download("owner/both", TRAIN, repo_type="dataset", local_dir=tmp_path)
+    assert dataset_revision(tmp_path) == COMMIT
+
+
 def test_a_hub_dataset_is_downloaded_once(serve):
-    requests = serve(Hub)
+    hub = serve(Hub)
     folder = dataset_folder("owner/both")
-    assert sum(method == "GET" for method, _ in requests) == 2
-    requests.clear()
+    assert len(hub.downloads) == 2
+    hub.requests.clear()
     assert dataset_folder("owner/both") == folder
-    assert requests == []
+    assert hub.requests == []
+
+
+def test_a_file_that_was_lost_is_downloaded_again(serve):
+    hub = serve(Hub)
+    folder = dataset_folder("owner/both")
+    (folder / VALIDATION).unlink()
+    hub.downloads.clear()
+    dataset_folder("owner/both")
+    assert [request.path for request in hub.downloads] == [f"/cdn/{COMMIT}/{VALIDATION}"]
+    assert is_from(folder, FILES)
 
 
 def test_without_fetching_nothing_is_downloaded(serve, data_folder):
-    requests = serve(Hub)
+    hub = serve(Hub)
     assert dataset_folder("owner/both", fetch=False) == data_folder / "owner" / "both"
-    assert requests == []
+    assert hub.requests == []
+
+
+def test_two_that_fetch_the_same_dataset_at_once_download_it_once(serve):
+    hub = serve(SlowHub)
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(dataset_folder("owner/both"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(hub.downloads) == 2
+    assert len(folders) == 2
+    assert is_from(folders[0], FILES)
+
+
+# Refusals of the Hub
 
 
 @pytest.mark.parametrize(
     ("handler", "dataset", "reason"),
-    [(Hub, "none", "404"), (Hub, "no-train", "404"), (Broken, "both", "disconnected")],
+    [
+        (Hub, "none", "404, the Hub shows no dataset of that name; check the name"),
+        (Hub, "no-train", "404, it has no train.safetensors; "),
+        (NoHub, "both", "the answer names no commit, ETag or size, so it is not the Hub's; check HF_ENDPOINT"),
+        (Broken, "both", "disconnected"),
+    ],
 )
-def test_a_download_that_fails_is_refused_in_one_line(serve, handler, dataset, reason):
+def test_a_download_that_fails_is_refused_in_one_line(serve, data_folder, handler, dataset, reason):
     serve(handler)
     line = refusal(f"owner/{dataset}")
     assert line.startswith(f"dataset: no folder 'owner/{dataset}' here, and the Hub dataset of that name could not be")
     assert reason in line
+    assert not data_folder.exists()
+
+
+@pytest.mark.parametrize("status_and_code", [(401, "RepoNotFound"), (401, ""), (401, "GatedRepo"), (403, "GatedRepo")])
+def test_a_dataset_that_takes_a_token_says_so(serve, monkeypatch, status_and_code):
+    hub = serve(Hub)
+    hub.refuses = status_and_code
+    assert f"{status_and_code[0]}, it is private or gated, or does not exist; set HF_TOKEN" in refusal("owner/both")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_one")
+    assert f"{status_and_code[0]}, the token (HF_TOKEN) may not read it" in refusal("owner/both")
 
 
 def test_an_unreachable_hub_is_refused_in_one_line(point_client_at):
@@ -256,12 +440,182 @@ def test_an_unreachable_hub_is_refused_in_one_line(point_client_at):
         assert "could not be fetched: " in refusal("owner/both")
 
 
-def test_a_download_that_was_interrupted_is_taken_up_again(serve, monkeypatch):
-    requests = serve(Hub)
-    train = next(path for path in FILES if "both" in path and "train" in path)
-    with monkeypatch.context() as patch:
-        patch.delitem(FILES, train)
-        refusal("owner/both")
+def test_offline_what_is_here_is_taken_and_what_is_not_is_named(serve, monkeypatch):
+    hub = serve(Hub)
     folder = dataset_folder("owner/both")
-    assert (load_file(folder / "train.safetensors")["tokens"] == random_tokens(1000)).all()
-    assert sum(method == "GET" for method, _ in requests) == 2
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert dataset_folder("owner/both") == folder
+    (folder / VALIDATION).unlink()
+    assert f"{folder} lacks {VALIDATION}, and HF_HUB_OFFLINE is set" in refusal("owner/both")
+    shutil.rmtree(folder)
+    assert f"{folder} lacks {TRAIN}, and HF_HUB_OFFLINE is set" in refusal("owner/both")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_the_environment_names_the_hub_and_the_token_and_forbids_requests(serve, data_folder, tmp_path, offline):
+    hub = serve(Hub)
+    code = (
+        "import pathlib, sys, dataset_sources\n"
+        "dataset_sources.DATA_FOLDER = pathlib.Path(sys.argv[1])\n"
+        "dataset_sources.dataset_folder('owner/both')"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    variables |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_mine", "HF_HOME": str(tmp_path)}
+    variables |= {"HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", code, str(data_folder)]
+    process = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if offline == "1":
+        assert process.returncode == 1
+        assert "HF_HUB_OFFLINE is set" in process.stderr.splitlines()[-1]
+        assert hub.requests == []
+    else:
+        assert process.returncode == 0, process.stderr
+        assert is_from(data_folder / "owner" / "both", FILES)
+        tokens = {(request.token, request in hub.downloads) for request in hub.requests}
+        assert tokens == {("Bearer hf_mine", False), (None, True)}  # which the delivery network must not see
+
+
+# Downloads that break
+
+
+def test_a_download_that_breaks_goes_on_where_it_broke(serve):
+    hub = serve(Hub)
+    hub.hangs_up_at = [500, 1500]
+    folder = dataset_folder("owner/both")
+    assert is_from(folder, FILES)
+    assert [request.first_byte for request in hub.downloads if TRAIN in request.path] == [0, 500, 1500]
+    assert hub.bytes_sent == 2 * SIZE
+
+
+def test_a_download_that_was_given_up_goes_on_where_it_stopped(serve):
+    hub = serve(Hub)
+    hub.hangs_up_at = list(TOO_OFTEN)
+    line = refusal("owner/both")
+    assert "try again, and it goes on where it stopped" in line
+    assert hub.hangs_up_at == []
+    hub.downloads.clear()
+    hub.bytes_sent = 0
+    assert is_from(dataset_folder("owner/both"), FILES)
+    assert [(request.path, request.first_byte) for request in hub.downloads] == [(f"/cdn/{COMMIT}/{TRAIN}", 500)]
+    assert hub.bytes_sent == SIZE - 500
+
+
+@pytest.mark.parametrize("reason", ["503", "401", "No space left on device"])
+def test_a_refusal_in_between_leaves_what_is_there(serve, monkeypatch, reason):
+    hub = serve(Hub)
+    hub.hangs_up_at = list(TOO_OFTEN)
+    refusal("owner/both")
+    with monkeypatch.context() as patch:
+        if reason.isdigit():
+            hub.refuses = (int(reason), "")
+        else:
+            patch.setattr(file_download, "http_get", Mock(side_effect=OSError(errno.ENOSPC, reason)))
+        assert reason in refusal("owner/both")
+    hub.refuses = None
+    assert is_from(dataset_folder("owner/both"), FILES)
+    assert hub.downloads[-1].first_byte == 500
+
+
+def test_a_download_that_was_interrupted_while_it_was_verified_is_verified_again(serve, monkeypatch):
+    hub = serve(Hub)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset_sources, "_checksum", Mock(side_effect=KeyboardInterrupt))
+        dataset_folder("owner/both")
+    folder = dataset_folder("owner/both", fetch=False)
+    assert is_from(folder, {})
+    dataset_folder("owner/both")
+    assert is_from(folder, FILES)
+    assert hub.bytes_sent == 2 * SIZE
+
+
+def test_a_download_that_was_interrupted_is_no_dataset_yet(serve):
+    hub = serve(Hub)
+    hub.hangs_up_at = list(TOO_OFTEN)
+    refusal("owner/both")
+    folder = dataset_folder("owner/both", fetch=False)
+    assert not (folder / TRAIN).exists()
+
+
+def test_both_files_are_of_one_revision_when_the_hub_moves_on_between_them(serve):
+    serve(MovingHub)
+    folder = dataset_folder("owner/both")
+    assert is_from(folder, FILES)
+    assert dataset_revision(folder) == COMMIT
+
+
+def test_a_download_is_finished_at_its_revision_after_the_hub_has_moved_on(serve):
+    hub = serve(Hub)
+    hub.hangs_up_at = list(TOO_OFTEN)
+    refusal("owner/both")
+    hub.newest = LATER_COMMIT
+    folder = dataset_folder("owner/both")
+    assert is_from(folder, FILES)
+    assert dataset_revision(folder) == COMMIT
+
+
+def test_a_download_whose_revision_is_gone_says_so_and_is_not_mixed(serve):
+    hub = serve(Hub)
+    hub.hangs_up_at = list(TOO_OFTEN)
+    refusal("owner/both")
+    hub.newest = LATER_COMMIT
+    del hub.revisions[COMMIT]
+    folder = dataset_folder("owner/both", fetch=False)
+    line = refusal("owner/both")
+    assert f"404, it no longer has revision {COMMIT}, at which this download began; remove {folder} to" in line
+    shutil.rmtree(folder)
+    assert is_from(dataset_folder("owner/both"), LATER_FILES)
+    assert dataset_revision(folder) == LATER_COMMIT
+
+
+def test_a_file_of_unknown_revision_is_neither_mixed_in_nor_touched(serve, data_folder):
+    hub = serve(Hub)
+    path = data_folder / "owner" / "both" / VALIDATION
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    assert f"{path} is there already, of an unknown revision; move it away" in refusal("owner/both")
+    assert path.read_bytes() == b"mine"
+    assert hub.downloads == []
+
+
+def test_the_beginning_of_a_longer_file_is_given_up(serve, data_folder):
+    serve(Hub)
+    partial = data_folder / "owner" / "both" / f"{TRAIN}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * (SIZE + 1))
+    assert is_from(dataset_folder("owner/both"), FILES)
+
+
+# Files that are not what the Hub says
+
+
+@pytest.mark.parametrize("handler", [Hub, SmallFilesHub])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (FILES[TRAIN][:-1] + b"!", "expected checksum "),
+        (FILES[TRAIN] + b"!", f"expected {SIZE:,} bytes, got {SIZE + 1:,}"),
+        (b"Access denied", f"expected {SIZE:,} bytes, got 13"),
+        (HTML, "expected a safetensors file, got an HTML page"),
+        (LFS_POINTER, "expected a safetensors file, got a Git LFS pointer"),
+    ],
+)
+def test_a_wrong_file_is_named_and_removed_and_fetched_afresh(serve, handler, content, complaint):
+    hub = serve(handler)
+    hub.sends_instead = {TRAIN: content}
+    line = refusal("owner/both")
+    assert complaint in line
+    assert line.endswith("; it is removed, try again")
+    hub.sends_instead = {}
+    folder = dataset_folder("owner/both")
+    assert is_from(folder, FILES)
+    assert hub.downloads[-1].first_byte == 0
+
+
+def test_a_file_without_a_checksum_is_taken_with_a_warning(serve, monkeypatch):
+    serve(SmallFilesHub)
+    monkeypatch.setattr(SmallFilesHub, "etag", '"mirror-{}"'.format)
+    with pytest.warns(UserWarning, match="gave no checksum .ETag mirror-.*so only its size is verified"):
+        folder = dataset_folder("owner/both")
+    assert is_from(folder, FILES)
