@@ -122,6 +122,7 @@ class TrainConfig(Config):
     drop_rate: float = key("announced", 0.0, ge=0, lt=1)
     seed: int = key("fatal", 42, ge=0, lt=2**31)
     precision: Literal["float32", "bfloat16"] = key("announced", "float32")
+    loss_rows_per_chunk: int | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
     checkpoint_interval: int = key("free", 250, ge=1)  # global steps
     keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
     max_consecutive_rejections: int = key("free", 10, ge=1)

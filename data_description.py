@@ -172,7 +172,7 @@ def _open_tokens(path: Path) -> Any:
 def _slices(path: Path, size: int | None = None, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
     """Read a token file in slices of `size` tokens (None: SLICE_TOKENS), each with `overlap` tokens of the next one.
 
-    Yields where a slice starts, and its ids, each below the size of the vocabulary, uint16.
+    Yields where a slice starts, and its ids, each below the size of the vocabulary, of the file's integer type.
     """
     tensor, size = _open_tokens(path), size or SLICE_TOKENS
     num_tokens = tensor.get_shape()[0]
@@ -184,7 +184,7 @@ def _slices(path: Path, size: int | None = None, overlap: int = 0) -> Iterator[t
                 f"{path}: token {start + bad:,} is id {ids[bad]}, expected ids from 0 to {tokenizer.VOCAB_SIZE - 1}; "
                 "tokenize with GPT-2's encoding"
             )
-        yield start, ids.astype(np.uint16, copy=False)
+        yield start, ids
 
 
 def _sample(path: Path) -> str:

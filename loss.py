@@ -55,14 +55,19 @@ def fused_cross_entropy(
 
 
 def add_head_gradient(
-    total_VD: jax.Array, prepared_PD: jax.Array, hidden_BTD: jax.Array, targets_BT: jax.Array, share: float
+    total_VD: jax.Array,
+    prepared_PD: jax.Array,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    share: float,
+    rows_per_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return `fused_cross_entropy`, and the gradients of `share` times it, as a step over many microbatches wants them.
 
     That of the hidden states comes as (…, D); that of the head is added to `total_VD`, float32, which saves writing,
     scaling and adding an array of that size for each microbatch.
     """
-    chunks = _chunks(hidden_BTD, targets_BT, len(total_VD), None)
+    chunks = _chunks(hidden_BTD, targets_BT, len(total_VD), rows_per_chunk)
     loss, hidden_slopes_CRD, total_VD = _loss_and_gradients(total_VD, prepared_PD, *chunks, share)
     hidden_slopes_MD = hidden_slopes_CRD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size]
     return loss, hidden_slopes_MD.reshape(hidden_BTD.shape), total_VD

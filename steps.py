@@ -30,7 +30,7 @@ def train_step(
     Returns the mean `loss` of the call, what `optimizer.update_report` says after it, and `evidence` for the case that
     the update was rejected; all on the device.
     """
-    loss, grads, losses_A = mean_gradient(model, batch, seed_key)
+    loss, grads, losses_A = mean_gradient(model, batch, seed_key, config.loss_rows_per_chunk)
     optimizer.update(model, grads)
     return {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads)}
 
@@ -100,7 +100,9 @@ def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) 
     return nnx.Rngs(dropout=jax.random.fold_in(jax.random.fold_in(seed_key, global_step), microbatch))
 
 
-def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
+def mean_gradient(
+    model: GPTModel, batch: Batch, seed_key: jax.Array, rows_per_chunk: int | None = None
+) -> tuple[jax.Array, nnx.State, jax.Array]:
     """Average loss and gradient over the microbatches of a call, one forward and backward pass at a time.
 
     The gradients of the two large tables, head and embedding, are added up where they arise: an array of their size for
@@ -121,7 +123,9 @@ def mean_gradient(model: GPTModel, batch: Batch, seed_key: jax.Array) -> tuple[j
         hidden_BTD, pull_back = jax.vjp(hidden_states, cast, model.embed(inputs_BT))
         totals = nnx.merge(graph, total)
         head, embedding = totals.unembedding.embedding, totals.token_embedding.embedding
-        loss, slopes_BTD, head[...] = add_head_gradient(head[...], prepared_PD, hidden_BTD, targets_BT, 1 / count)
+        loss, slopes_BTD, head[...] = add_head_gradient(
+            head[...], prepared_PD, hidden_BTD, targets_BT, 1 / count, rows_per_chunk
+        )
         grads, slopes_BTD = pull_back(slopes_BTD)
         embedding[...] = embedding[...].at[inputs_BT].add(slopes_BTD)
         return jax.tree.map(jnp.add, nnx.state(totals), grads), loss  # in float32

@@ -80,6 +80,7 @@ def make_parser(description: str) -> ArgumentParser:
         ("--microbatch", "microbatch_size"),
         ("--accumulation", "gradient_accumulation_steps"),
         ("--microbatches-per-call", "microbatches_per_call"),
+        ("--loss-rows-per-chunk", "loss_rows_per_chunk"),
     ):
         parser.add_argument(option, dest=key, type=int, metavar="N", help=f"{key} of model.json or train.json")
     parser.add_argument("--tied", dest="tied_head", action="store_true", default=None, help="tie the output head")

@@ -24,8 +24,8 @@ output_norm attention_output_bias tied_head
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay beta2 warmup_period_percent
-clipping_max_norm drop_rate seed precision checkpoint_interval keep_checkpoints max_consecutive_rejections sample_prompt
-mesh
+clipping_max_norm drop_rate seed precision loss_rows_per_chunk checkpoint_interval keep_checkpoints
+max_consecutive_rejections sample_prompt mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}
@@ -227,6 +227,7 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         (TrainConfig, "learning_rate", 0),
         (TrainConfig, "learning_rate", 1001),
         (TrainConfig, "microbatches_per_call", 0),
+        (TrainConfig, "loss_rows_per_chunk", 0),
         (TrainConfig, "epochs", 0),
         (TrainConfig, "start_train_token", -1),
         (TrainConfig, "start_val_token", -1),

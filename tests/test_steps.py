@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import chex
 import jax
@@ -182,6 +183,19 @@ def test_the_compiled_step_holds_no_array_of_all_logits():
     rows = sequences * CONTEXT_LENGTH
     assert (rows // 2, VOCAB_SIZE) in shapes  # half of a microbatch at a time
     assert not {shape for shape in shapes if VOCAB_SIZE in shape and math.prod(shape) >= rows * VOCAB_SIZE}
+
+
+def test_the_rows_of_a_chunk_can_be_set_and_change_nothing_but_rounding():
+    [call] = stream().calls(0)
+    model = tiny_model()
+    traced = {
+        rows: jax.make_jaxpr(lambda call, rows=rows: mean_gradient(model, call, SEED_KEY, rows)[0])(call)
+        for rows in (1, 8)
+    }
+    assert f"f32[8,{VOCAB_SIZE}]" in str(traced[8]) and f"f32[8,{VOCAB_SIZE}]" not in str(traced[1])
+    one, eight = (nnx.jit(partial(mean_gradient, rows_per_chunk=rows))(model, call, SEED_KEY) for rows in (1, 8))
+    for ours, other in zip(jax.tree.leaves(one), jax.tree.leaves(eight)):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])
