@@ -186,18 +186,18 @@ def parse_config(text: str, config_class: type[C], source: str) -> C:
         raise ValueError(f"{source}: {_first_complaint(error, config_class)}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, largest_bytes: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object that a program has saved. Raises ValueError with one line that names the file."""
-    return _parse_object(_read_text(path, "a few pages of JSON"), str(path))
+    return _parse_object(_read_text(path, "a few pages of JSON", largest_bytes=largest_bytes), str(path))
 
 
-def _read_text(path: Path, expected: str, remedy: str = "") -> str:
+def _read_text(path: Path, expected: str, remedy: str = "", largest_bytes: int = LARGEST_JSON_BYTES) -> str:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ValueError(f"{path}: expected a JSON file, got a folder or a device")
         with path.open("rb") as file:
-            content = file.read(LARGEST_JSON_BYTES + 1)
-        if len(content) > LARGEST_JSON_BYTES:
+            content = file.read(largest_bytes + 1)
+        if len(content) > largest_bytes:
             raise ValueError(f"{path}: expected {expected}, got {path.stat().st_size:,} bytes")
         return content.decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):

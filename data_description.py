@@ -16,6 +16,7 @@ from config import read_json
 from tensor_files import open_tensors
 
 DESCRIPTION = "data.json"
+LARGEST_BYTES = 2**28  # of data.json: there may be a hundred thousand sources
 SPLITS = ("train", "validation")
 INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 SLICE_TOKENS = 2**15  # read at once: few enough that their hashes, 8 bytes each, stay in a core's cache
@@ -26,6 +27,7 @@ SOURCE_FACTS = {
     "documents": "{:,} documents",
     "tokens": "{:,} tokens",
     "share": "{:.1%} of all tokens",
+    "revision": "revision {:.64}",
     "size_bytes": "{:,} bytes",
     "sha256": "sha256 {:.64}",
 }
@@ -247,7 +249,7 @@ def _bits(hashes: np.ndarray) -> np.ndarray:
 
 
 def _read_recorded(path: Path) -> dict[str, Any]:
-    recorded = read_json(path)
+    recorded = read_json(path, LARGEST_BYTES)
     if recorded.get("format") != 1:
         raise ValueError(f"{path}: expected format 1, got {_printable(recorded.get('format'))}; prepare the data again")
     try:

@@ -1,6 +1,7 @@
 """Documents out of files of text, JSON lines or Parquet, plain or compressed, and out of datasets of the Hub."""
 
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -9,9 +10,9 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal, Self
 
 TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
 COMPRESSED = {".gz", ".zst"}
@@ -34,6 +35,7 @@ class File:
     """A file of documents."""
 
     path: Path
+    revision: ClassVar[None] = None
 
     @property
     def name(self) -> str:
@@ -71,6 +73,25 @@ class HubDataset:
     dataset: str
     config: str | None
     split: str
+    revision: str | None = None  # a commit
+
+    def at(self, revision: str | None) -> Self:
+        return replace(self, revision=revision)
+
+    def newest_revision(self) -> str | None:
+        """Ask the Hub for the newest commit; a local folder has none."""
+        if Path(self.dataset).exists():
+            return None
+        from huggingface_hub import HfApi
+
+        try:
+            return HfApi().dataset_info(self.dataset).sha
+        except Exception as error:  # of any library below
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return ValueError(f"{self.name}: the dataset cannot be opened: {reason}")
 
     @property
     def name(self) -> str:
@@ -81,18 +102,19 @@ class HubDataset:
         return None
 
     @property
-    def version(self) -> None:
-        return None
+    def version(self) -> str | None:
+        return self.revision
 
     def documents(self, reading: Reading, skip: int) -> Iterator[tuple[str, int]]:
         """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
         datasets = _needed("datasets")
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+            rows = datasets.load_dataset(
+                self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
+            )
         except Exception as error:  # of any library below
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.name}: the dataset cannot be opened: {reason}") from error
+            raise self._unavailable(error) from error
         size = 0
         for number, row in enumerate(rows.skip(skip), start=skip + 1):
             text = _text_of(row, reading.field, f"{self.name}: row {number:,}")
@@ -139,18 +161,53 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
                 with gzip.open(raw) as content:
                     yield raw, content
             elif path.suffix.lower() == ".zst":
-                decompressor = _needed("zstandard").ZstdDecompressor()
-                yield raw, io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True), BLOCK_BYTES)
+                yield raw, io.BufferedReader(_Chunks(_decompressed(raw)), BLOCK_BYTES)
             else:
                 yield raw, raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # where a compressed table is unpacked
+            raise
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:
         if type(error).__name__ == "ZstdError":
             raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
         raise
+
+
+def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
+    """Decompress all frames of a zstd file; raises EOFError when the last one breaks off."""
+    decompressor = _needed("zstandard").ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    while content := raw.read(BLOCK_BYTES):
+        while content:
+            if frame is None or frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(content)
+            content = frame.unused_data if frame.eof else b""
+    if frame and not frame.eof:
+        raise EOFError("it ends within a frame")
+
+
+class _Chunks(io.RawIOBase):
+    """Bytes that come in chunks, as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 def _needed(module: str) -> Any:

@@ -98,6 +98,12 @@ def count(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**32:
+        raise ValueError
+    return value
+
+
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(description="Make token files of GPT-2's encoding out of text.")
     parser.add_argument("folder", nargs="?", type=Path, help="the folder to make")
@@ -133,11 +139,15 @@ def make_parser() -> command_line.ArgumentParser:
     parser.add_argument(
         "--special-tokens", action="store_true", help="<|endoftext|> in the text is the token, not text"
     )
-    parser.add_argument("--seed", type=int, default=42, help="of what is for validation, and of --shuffle")
+    parser.add_argument("--seed", type=seed, default=42, help="of what is for validation, and of --shuffle")
     parser.add_argument(
         "--workers", type=count, default=os.cpu_count(), help="threads that tokenize; all cores unless said"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder, or start one anew")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a folder of token files, and begin anew where the command cannot go on",
+    )
     return parser
 
 

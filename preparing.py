@@ -4,6 +4,7 @@ Everything is written into a folder beside the one asked for, which gets its nam
 noted there every few seconds; a new start cuts the token files to that and goes on.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -76,6 +77,7 @@ class Batch:
 
     source: int
     bytes_read: int  # of the source, after them
+    characters: int
     digests: list[bytes]
     pieces: list[Future[list[np.ndarray]]]  # of several documents, or several of one
 
@@ -89,44 +91,61 @@ class Preparation:
     """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
 
     def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
-        self.out, self.sources, self.options = out, sources, options
+        _check_place(out, overwrite)
+        self.out, self.options = out, options
         self.folder = out.with_name(f".preparing-{out.name}")
-        if out.exists() and not overwrite:
-            raise ValueError(f"{out}: is there already; use --overwrite, or another name")
+        self.sources = [_pinned(source, self.folder / NOTE) for source in sources]
         self.command = {
             "options": asdict(options),
-            "sources": [{"name": source.name, "version": source.version} for source in sources],
+            "sources": [{"name": source.name, "version": source.version} for source in self.sources],
         }
         if not self.folder.exists():
-            _check_space(out, sources, options)
+            _check_space(out, self.sources, options)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
         self._seen: _Seen | None = None
         self.writers: dict[str, TokenWriter] = {}
         try:
-            self._open(overwrite)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.folder / NOTE).exists():
+                self._wipe()  # what was not noted yet
+            try:
+                self._go_on()
+            except ValueError:
+                if not overwrite:
+                    raise
+                self._wipe()
+                self._go_on()
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
         except BaseException:
             self.close()
             raise
 
-    def _open(self, overwrite: bool) -> None:
-        """Take the lock, see how far an earlier process has come, and cut the token files to that."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.out}: is being prepared by another process; wait for it or stop it") from None
-        note = self.folder / NOTE
-        self.progress = Progress(**read_json(note)) if note.exists() else Progress(self.command)
+    def _wipe(self) -> None:
+        """Forget what was done: the note of it first, since the others mean nothing without it."""
+        for file in (*self.writers.values(), self._seen):
+            if file:
+                file.close()
+        (self.folder / NOTE).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+
+    def _go_on(self) -> None:
+        """See how far an earlier process has come, and cut the token files to that; raises ValueError if impossible."""
+        self.progress = Progress(self.command)
+        if (self.folder / NOTE).exists():
+            try:
+                self.progress = Progress(**read_json(self.folder / NOTE, data_description.LARGEST_BYTES))
+            except TypeError:
+                raise ValueError(f"{self.out}: was begun by another version; start anew with --overwrite") from None
         if self.progress.command != self.command:
-            if not overwrite:
-                raise ValueError(
-                    f"{self.out}: was begun with other {_difference(self.progress.command, self.command)}; "
-                    "type the same command again, or start anew with --overwrite"
-                )
-            for path in self.folder.iterdir():
-                if path.name != LOCK:
-                    path.unlink()
-            self.progress = Progress(self.command)
+            raise ValueError(
+                f"{self.out}: was begun with other {_difference(self.progress.command, self.command)}; "
+                "type the same command again, or start anew with --overwrite"
+            )
         self.goes_on = self.progress.documents > 0
         self.splits = SPLITS if self.options.validation else SPLITS[:1]
         self._noted = time.monotonic()
@@ -185,7 +204,13 @@ class Preparation:
         while len(progress.per_source) <= batch.source:
             progress.per_source.append({"documents": 0, "tokens": 0})
         of_source = progress.per_source[batch.source]
-        for digest, tokens in batch.documents():
+        try:
+            documents = batch.documents()
+        except ValueError as error:
+            first, last = progress.documents_of_source + 1, progress.documents_of_source + len(batch.digests)
+            where = f"{self.sources[batch.source].name}: one of documents {first:,} to {last:,}"
+            raise ValueError(f"{where} cannot be tokenized ({error}); leave it out") from error
+        for digest, tokens in documents:
             if self._is_full():
                 return False
             if self._seen and not self._seen.add(digest, progress.documents):
@@ -230,7 +255,7 @@ class Preparation:
         for name in (NOTE, LOCK):
             (self.out / name).unlink()
         _sync_folder(self.out.parent)
-        return read_json(self.out / DESCRIPTION)
+        return read_json(self.out / DESCRIPTION, data_description.LARGEST_BYTES)
 
     def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
         for split, writer in self.writers.items():
@@ -261,7 +286,7 @@ class Preparation:
         counts = self.progress.per_source  # a limit may have left the last sources out
         total = sum(source["tokens"] for source in counts)
         sources = [
-            {"name": source.name, "size_bytes": source.size_bytes, "sha256": sha256}
+            {"name": source.name, "revision": source.revision, "size_bytes": source.size_bytes, "sha256": sha256}
             | count
             | {"share": count["tokens"] / total}
             for source, sha256, count in zip(self.sources, hashes, counts)
@@ -304,7 +329,7 @@ class Preparation:
         futures = [
             pool.submit(_tokenize, part, special, number == len(pieces)) for number, part in enumerate(pieces, 1)
         ]
-        return Batch(source, bytes_read, [_digest(text) for text in texts], futures)
+        return Batch(source, bytes_read, sum(map(len, texts)), [_digest(text) for text in texts], futures)
 
 
 def cut(text: str) -> list[str]:
@@ -343,11 +368,14 @@ def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]
 
 
 def _ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
-    """Yield batches while later ones are being tokenized: two for each worker, or as many pieces."""
+    """Yield batches while later ones are being tokenized: a few pieces for each worker, of bounded size in all."""
     waiting: deque[Batch] = deque()
     for batch in batches:
         waiting.append(batch)
-        while sum(len(each.pieces) for each in waiting) > 2 * workers:
+        while (
+            sum(len(each.pieces) for each in waiting) > 2 * workers
+            or sum(each.characters for each in waiting) > 2 * workers * PIECE_CHARACTERS
+        ):
             yield waiting.popleft()
     yield from waiting
 
@@ -361,19 +389,59 @@ class _Seen:
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path)
-        self._database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
+        self._do("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
 
     def add(self, digest: bytes, number: int) -> bool:
         """Return whether document `number` is the first of its kind, also when it was added before a kill."""
-        self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, number))
-        [first] = self._database.execute("SELECT first FROM seen WHERE digest = ?", (digest,)).fetchone()
+        self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, number)
+        [first] = self._do("SELECT first FROM seen WHERE digest = ?", digest).fetchone()
         return first == number
 
     def commit(self) -> None:
-        self._database.commit()
+        with _full_disk_as_elsewhere():
+            self._database.commit()
 
     def close(self) -> None:
         self._database.close()
+
+    def _do(self, command: str, *values: Any) -> sqlite3.Cursor:
+        with _full_disk_as_elsewhere():
+            return self._database.execute(command, values)
+
+
+@contextmanager
+def _full_disk_as_elsewhere() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a folder of token files may be made here; what is not one is never replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
+    ours = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, NOTE, LOCK}
+    if others := sorted({path.name for path in out.iterdir()} - ours):
+        raise ValueError(f"{out}: is there already, and holds other things, such as {others[0]!r}; use another name")
+    if not overwrite:
+        raise ValueError(f"{out}: is there already; use --overwrite, or another name")
+
+
+def _pinned(source: Source, note: Path) -> Source:
+    """Fix the revision of a Hub dataset: the one that was begun with, else the newest."""
+    if isinstance(source, File):
+        return source
+    try:
+        noted = read_json(note, data_description.LARGEST_BYTES)["command"]["sources"]
+        versions = {each["name"]: each["version"] for each in noted}
+    except (ValueError, KeyError, TypeError):
+        versions = {}
+    return source.at(versions[source.name]) if source.name in versions else source.at(source.newest_revision())
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

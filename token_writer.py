@@ -18,9 +18,9 @@ class TokenWriter:
     def __init__(self, path: Path, num_tokens: int = 0) -> None:
         """Open a new file, or one that a writer has left behind, of which `num_tokens` are kept."""
         self.path, self.num_tokens = path, num_tokens
+        if num_tokens and (not path.exists() or path.stat().st_size < HEADER_BYTES + 2 * num_tokens):
+            raise ValueError(f"{path}: expected {num_tokens:,} tokens, got fewer; start anew with --overwrite")
         self._file = path.open("r+b" if path.exists() else "w+b")
-        if self._file.seek(0, os.SEEK_END) < HEADER_BYTES + 2 * num_tokens and num_tokens:
-            raise ValueError(f"{path}: expected {num_tokens:,} tokens, got fewer; start again with --overwrite")
         self._file.truncate(HEADER_BYTES + 2 * num_tokens)
         self._file.seek(0, os.SEEK_END)
 

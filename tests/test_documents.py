@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow as pa
 import pytest
@@ -98,6 +99,12 @@ def test_a_file_that_is_named_is_taken_whatever_its_suffix(tmp_path):
         ("a.txt.gz", gzip.compress(b"x" * 1000)[:-10], r"damaged or cut off"),
         ("a.txt.gz", b"plain text", r"damaged or cut off"),
         ("a.txt.zst", b"plain text", r"damaged or cut off"),
+        ("a.txt.zst", COMPRESS[".zst"](random.randbytes(100_000))[:-50_000], r"damaged or cut off"),
+        (
+            "a.jsonl.zst",
+            COMPRESS[".zst"](b"{}") + COMPRESS[".zst"](b"{}")[:-3],
+            r"damaged or cut off|expected a JSON object",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, complaint):

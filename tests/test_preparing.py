@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import preparing
-from documents import Reading, find_files
+from documents import HubDataset, Reading, find_files
 from preparing import Options, Preparation, cut
 from token_writer import TokenWriter
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, encode_to_array, gpt2_encoding
@@ -279,6 +279,82 @@ def test_a_folder_that_is_there_is_not_touched_unless_asked(tmp_path):
     assert documents_of(tmp_path / "out") == ["new<|endoftext|>"]
 
 
+@pytest.mark.parametrize("what", ["file", "link", "other things", "a source"])
+def test_only_a_folder_of_token_files_is_ever_replaced(tmp_path, what):
+    path = write_lines(tmp_path / "a.jsonl", ["new"])
+    out = tmp_path / "out"
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/notes.txt").write_text("dear")
+    if what == "file":
+        out.write_text("dear")
+    elif what == "link":
+        out.symlink_to(tmp_path / "else")
+    else:
+        (tmp_path / "else").rename(out)
+    sources = [out] if what == "a source" else [path]
+    assert "use another name" in refusal(out, *sources, validation=0, overwrite=True)
+    assert (out if what == "file" else out / "notes.txt").read_text() == "dear"
+
+
+def test_digests_without_a_note_are_not_those_of_another_start(tmp_path, monkeypatch):
+    texts = [f"document {number}" for number in range(50)]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_write_json", lambda *arguments: 1 / 0)  # killed before the first note
+        with pytest.raises(ZeroDivisionError):
+            prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", texts), validation=0, deduplicate=True)
+    prepare(tmp_path / "out", write_lines(tmp_path / "b.jsonl", texts[::-1]), validation=0, deduplicate=True)
+    assert documents_of(tmp_path / "out") == [f"{text}<|endoftext|>" for text in texts[::-1]]
+
+
+@pytest.mark.parametrize("damage", ["tokens", "note", "form"])
+def test_what_cannot_be_gone_on_with_is_begun_anew_if_asked(tmp_path, small_batches, damage):
+    path = write_lines(tmp_path / "a.jsonl", TEXTS * 5)
+    prepare(tmp_path / "out", path, stop_after=3, validation=0)
+    folder = tmp_path / ".preparing-out"
+    if damage == "tokens":
+        (folder / "train.tokens").write_bytes(b"short")
+    elif damage == "note":
+        (folder / "progress.json").write_text("{")
+    else:
+        (folder / "progress.json").write_text('{"unknown": 1}')
+    refusal(tmp_path / "out", path, validation=0)
+    prepare(tmp_path / "out", path, validation=0, overwrite=True)
+    assert documents_of(tmp_path / "out") == [text + "<|endoftext|>" for text in TEXTS * 5]
+
+
+def test_a_text_that_the_encoding_cannot_take_is_named(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one", "a" + " " * 1_000_000 + "b"])
+    assert f"{path}: one of documents 1 to 2 cannot be tokenized" in refusal(tmp_path / "out", path, validation=0)
+
+
+def test_a_full_disk_below_the_digests_is_a_full_disk(tmp_path):
+    seen = preparing._Seen(tmp_path / "seen.sqlite")
+    seen._database.execute("PRAGMA max_page_count = 2")
+    with closing(seen), pytest.raises(OSError, match="No space left"):
+        for number in range(10_000):
+            seen.add(number.to_bytes(16, "little"), number)
+
+
+def test_thousands_of_files_can_be_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("config.LARGEST_JSON_BYTES", 1000)
+    (tmp_path / "texts").mkdir()
+    for number in range(300):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}")
+    prepare(tmp_path / "out", tmp_path / "texts", stop_after=100, validation=0)
+    prepare(tmp_path / "out", tmp_path / "texts", validation=0)
+    assert len(documents_of(tmp_path / "out")) == 300
+
+
+def test_a_hub_dataset_keeps_the_revision_that_was_begun_with(tmp_path, monkeypatch):
+    newest = iter("ab")
+    monkeypatch.setattr(HubDataset, "newest_revision", lambda self: next(newest))
+    source = HubDataset("owner/name", None, "train")
+    for _ in range(2):
+        with closing(Preparation(tmp_path / "out", [source], Options(Reading()), overwrite=False)) as preparation:
+            assert preparation.sources[0].revision == "a"
+            preparation.note()
+
+
 def test_other_options_do_not_go_on_with_what_was_begun(tmp_path, small_batches):
     path = write_lines(tmp_path / "a.jsonl", TEXTS * 5)
     prepare(tmp_path / "out", path, stop_after=2, validation=0.1, deduplicate=True)
@@ -340,6 +416,7 @@ def test_the_program_makes_data_that_it_describes_and_a_run_can_read(tmp_path):
         (["out", "--text", "nowhere"], "nowhere: expected a file or folder of text, found nothing"),
         (["out", "--text", "x", "--validation", "100%"], "argument --validation"),
         (["out", "--text", "x", "--limit-tokens", "0"], "argument --limit-tokens"),
+        (["out", "--text", "x", "--seed", "-1"], "argument --seed"),
         (["out", "--describe", "x"], "expected --describe FOLDER alone"),
         (["--describe", "nowhere"], "nowhere"),
     ],
