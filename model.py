@@ -71,9 +71,8 @@ def gelu_product(hidden_BTF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
 
 def _gelu_product_backward(saved: tuple[jax.Array, jax.Array], slopes_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden_BTF, kernel_FD = saved
-    hidden_BTF += (
-        0 * slopes_BTD[..., :1]
-    )  # changes nothing, but has to wait for the slopes: else XLA keeps it after all
+    # Changes nothing, but has to wait for the slopes: else XLA computes it early and keeps it after all.
+    hidden_BTF += 0 * slopes_BTD[..., :1]
     activated_BTF, pull_back = jax.vjp(gelu, hidden_BTF)
     [hidden_slopes_BTF] = pull_back(slopes_BTD @ kernel_FD.T)
     return hidden_slopes_BTF, jnp.einsum("btf,btd->fd", activated_BTF, slopes_BTD)

@@ -4,44 +4,30 @@ Everything is written into a folder beside the one asked for, which gets its nam
 noted there every few seconds; a new start cuts the token files to that and goes on.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import sqlite3
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import data_description
+from batches import Batch, Source, ahead, batches
 from config import read_json
-from documents import File, HubDataset, Reading
-from token_writer import TokenWriter, written_tokens
-from tokenizer import END_OF_TEXT, encode_to_array
-
-Source = File | HubDataset
+from documents import File, Reading
+from seen_documents import SeenDocuments
+from token_writer import TokenWriter, shuffle_documents
 
 SPLITS = "train", "validation"
 DESCRIPTION, NOTE, LOCK = "data.json", "progress.json", "lock"
-SLICE_TOKENS = 2**24
-BATCH_CHARACTERS = 2**17  # of documents that are tokenized together
-PIECE_CHARACTERS = 2**20  # of a long document, whose pieces are tokenized on several cores
 SECONDS_BETWEEN_NOTES = 10
 BYTES_PER_TOKEN = 4.5  # of English
 COMPRESSION = 3.0
-DIGEST_BYTES = 16
-BORDER = re.compile(r"\S \S")
 
 
 @dataclass(frozen=True)
@@ -71,22 +57,6 @@ class Progress:
     all_read: bool = False
 
 
-@dataclass
-class Batch:
-    """Documents on their way: their digests, and their tokens in pieces."""
-
-    source: int
-    bytes_read: int  # of the source, after them
-    characters: int
-    digests: list[bytes]
-    pieces: list[Future[list[np.ndarray]]]  # of several documents, or several of one
-
-    def documents(self) -> Iterator[tuple[bytes, np.ndarray]]:
-        done = [future.result() for future in self.pieces]
-        arrays = done[0] if len(done) == 1 else [np.concatenate(list(chain.from_iterable(done)))]
-        return zip(self.digests, arrays, strict=True)
-
-
 class Preparation:
     """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
 
@@ -103,7 +73,7 @@ class Preparation:
             _check_space(out, self.sources, options)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
-        self._seen: _Seen | None = None
+        self._seen: SeenDocuments | None = None
         self.writers: dict[str, TokenWriter] = {}
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +127,7 @@ class Preparation:
                 finished.rename(growing)
             self.writers[split] = TokenWriter(growing, self.progress.tokens[split])
         if self.options.deduplicate:
-            self._seen = _Seen(self.folder / "seen.sqlite")
+            self._seen = SeenDocuments(self.folder / "seen.sqlite")
 
     def close(self) -> None:
         """Leave the folder to others, as it is."""
@@ -178,7 +148,15 @@ class Preparation:
             return
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for batch in _ahead(self._batches(pool), workers):
+                coming = batches(
+                    self.sources,
+                    self.options.reading,
+                    pool,
+                    first=self.progress.source,
+                    skip=self.progress.documents_of_source,
+                    special_tokens=self.options.special_tokens,
+                )
+                for batch in ahead(coming, workers):
                     if should_stop():
                         break
                     if self._is_full() or not self._write(batch):
@@ -301,122 +279,6 @@ class Preparation:
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
             "leakage": data_description.leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
         }
-
-    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
-        """Hand documents to the pool, from the first one that is not done."""
-        for number in range(self.progress.source, len(self.sources)):
-            skip = self.progress.documents_of_source if number == self.progress.source else 0
-            texts: list[str] = []
-            characters = bytes_read = 0
-            for text, bytes_read in self.sources[number].documents(self.options.reading, skip):
-                if len(text) > PIECE_CHARACTERS:
-                    if texts:
-                        yield self._batch(pool, number, bytes_read, texts)
-                    yield self._batch(pool, number, bytes_read, [text])
-                    texts, characters = [], 0
-                    continue
-                texts.append(text)
-                characters += len(text) + 100  # for very short ones
-                if characters > BATCH_CHARACTERS:
-                    yield self._batch(pool, number, bytes_read, texts)
-                    texts, characters = [], 0
-            if texts:
-                yield self._batch(pool, number, bytes_read, texts)
-
-    def _batch(self, pool: ThreadPoolExecutor, source: int, bytes_read: int, texts: list[str]) -> Batch:
-        pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
-        special = self.options.special_tokens
-        futures = [
-            pool.submit(_tokenize, part, special, number == len(pieces)) for number, part in enumerate(pieces, 1)
-        ]
-        return Batch(source, bytes_read, sum(map(len, texts)), [_digest(text) for text in texts], futures)
-
-
-def cut(text: str) -> list[str]:
-    """Cut a long text into pieces of about `PIECE_CHARACTERS`, where GPT-2's encoding has a border in any case.
-
-    That is before a space between two characters that are no spaces: a piece of GPT-2's pattern begins with it. Digits,
-    letters and signs around it do not matter.
-    """
-    pieces, start = [], 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = start + PIECE_CHARACTERS
-        while end < len(text) and not BORDER.match(text, end - 1):
-            end += 1
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
-
-
-def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
-    """Write the documents of a token file in a seeded order into another one; in memory is only where they begin."""
-    tokens = written_tokens(path)
-    starts = range(0, len(tokens), SLICE_TOKENS)
-    ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]
-    borders = np.concatenate([np.zeros(1, int), *ends])
-    shuffled.unlink(missing_ok=True)
-    with closing(TokenWriter(shuffled)) as writer:
-        for document in np.random.default_rng(seed).permutation(len(borders) - 1):
-            writer.append(tokens[borders[document] : borders[document + 1]])
-        writer.finish()
-
-
-def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:
-    """Encode texts, each followed by the end of a document unless it is the beginning of a longer one."""
-    arrays = [encode_to_array(text, special=special) for text in texts]
-    return [np.append(array, np.uint16(END_OF_TEXT)) for array in arrays] if is_end else arrays
-
-
-def _ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
-    """Yield batches while later ones are being tokenized: a few pieces for each worker, of bounded size in all."""
-    waiting: deque[Batch] = deque()
-    for batch in batches:
-        waiting.append(batch)
-        while (
-            sum(len(each.pieces) for each in waiting) > 2 * workers
-            or sum(each.characters for each in waiting) > 2 * workers * PIECE_CHARACTERS
-        ):
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-
-
-class _Seen:
-    """The documents that were there before, on the disk: their digests, and the number of the first of each."""
-
-    def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(path)
-        self._do("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
-
-    def add(self, digest: bytes, number: int) -> bool:
-        """Return whether document `number` is the first of its kind, also when it was added before a kill."""
-        self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, number)
-        [first] = self._do("SELECT first FROM seen WHERE digest = ?", digest).fetchone()
-        return first == number
-
-    def commit(self) -> None:
-        with _full_disk_as_elsewhere():
-            self._database.commit()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def _do(self, command: str, *values: Any) -> sqlite3.Cursor:
-        with _full_disk_as_elsewhere():
-            return self._database.execute(command, values)
-
-
-@contextmanager
-def _full_disk_as_elsewhere() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _check_place(out: Path, overwrite: bool) -> None:

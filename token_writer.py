@@ -5,11 +5,15 @@ The format: https://github.com/huggingface/safetensors#format. A header may end 
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from tokenizer import END_OF_TEXT
+
 HEADER_BYTES = 128  # its length, 8 bytes, included
+SLICE_TOKENS = 2**24
 
 
 class TokenWriter:
@@ -51,3 +55,16 @@ def written_tokens(path: Path) -> np.ndarray:
     return (
         np.memmap(path, "<u2", "r", offset=HEADER_BYTES) if path.stat().st_size > HEADER_BYTES else np.zeros(0, "<u2")
     )
+
+
+def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
+    """Write the documents of a token file in a seeded order into another one; in memory is only where they begin."""
+    tokens = written_tokens(path)
+    starts = range(0, len(tokens), SLICE_TOKENS)
+    ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]
+    borders = np.concatenate([np.zeros(1, int), *ends])
+    shuffled.unlink(missing_ok=True)
+    with closing(TokenWriter(shuffled)) as writer:
+        for document in np.random.default_rng(seed).permutation(len(borders) - 1):
+            writer.append(tokens[borders[document] : borders[document + 1]])
+        writer.finish()

@@ -9,8 +9,9 @@ FLOORS = [
     set(names.split())
     for names in (
         "attention command_line compilation_cache config documents interruption layer_norm metrics run_directory "
-        "stopwatch tensor_files token_writer tokenizer",
-        "builtin_data charts data data_description drift flops loss manifest mesh model optimizer samples weights",
+        "seen_documents stopwatch tensor_files tokenizer",
+        "batches builtin_data charts data data_description drift flops loss manifest mesh model "
+        "optimizer samples token_writer weights",
         "dataset_sources inspection preflight preparing steps",
         "checkpointing debug_checks evaluation fitting generation overfitting",
         "comparison saved_model training",

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+import batches
 import preparing
+from batches import cut
 from documents import HubDataset, Reading, find_files
-from preparing import Options, Preparation, cut
+from preparing import Options, Preparation
+from seen_documents import SeenDocuments
 from token_writer import TokenWriter
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, encode_to_array, gpt2_encoding
 
@@ -88,7 +91,7 @@ def documents_of(folder, split="train"):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 300)
 
 
 def test_decoded_tokens_are_the_documents(tmp_path):
@@ -117,7 +120,7 @@ def test_any_text_survives_its_encoding(text):
 )
 def test_a_long_document_is_cut_where_its_tokens_do_not_change(parts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "PIECE_CHARACTERS", 7)
+        patch.setattr(batches, "PIECE_CHARACTERS", 7)
         pieces = cut("".join(parts))
     assert "".join(pieces) == "".join(parts)
     assert [token for piece in pieces for token in encode(piece)] == encode("".join(parts))
@@ -328,7 +331,7 @@ def test_a_text_that_the_encoding_cannot_take_is_named(tmp_path):
 
 
 def test_a_full_disk_below_the_digests_is_a_full_disk(tmp_path):
-    seen = preparing._Seen(tmp_path / "seen.sqlite")
+    seen = SeenDocuments(tmp_path / "seen.sqlite")
     seen._database.execute("PRAGMA max_page_count = 2")
     with closing(seen), pytest.raises(OSError, match="No space left"):
         for number in range(10_000):

@@ -1,0 +1,44 @@
+"""Which documents were there before, kept on the disk: ten million of them take less than a gigabyte there."""
+
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class SeenDocuments:
+    """The documents that were there before, on the disk: their digests, and the number of the first of each."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path)
+        self._do("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
+
+    def add(self, digest: bytes, number: int) -> bool:
+        """Return whether document `number` is the first of its kind, also when it was added before a kill."""
+        self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, number)
+        [first] = self._do("SELECT first FROM seen WHERE digest = ?", digest).fetchone()
+        return first == number
+
+    def commit(self) -> None:
+        with _full_disk_as_elsewhere():
+            self._database.commit()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _do(self, command: str, *values: Any) -> sqlite3.Cursor:
+        with _full_disk_as_elsewhere():
+            return self._database.execute(command, values)
+
+
+@contextmanager
+def _full_disk_as_elsewhere() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
