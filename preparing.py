@@ -241,8 +241,9 @@ class Preparation:
                 count = sum(source["documents"] for source in self.progress.per_source)
                 shutil.rmtree(self.folder)  # the same command could not go on either
                 raise ValueError(
-                    f"{self.out}: none of {count:,} document(s) fell into {split}; cut the text into more documents "
-                    "with --separator, or change --validation (0: none)"
+                    f"{self.out}: none of {count:,} document(s) fell into {split}; use --validation "
+                    f"{min(50, -(-300 // max(1, count)))}% for so few, cut the text into more with --separator, or use "
+                    "--validation 0"
                 )
         if self._seen:
             self._seen.close()
