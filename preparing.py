@@ -19,12 +19,12 @@ from typing import Any
 import data_description
 from batches import Batch, Source, ahead, batches
 from config import read_json
+from data_description import DESCRIPTION, SPLITS
 from documents import File, Reading
 from seen_documents import SeenDocuments
 from token_writer import TokenWriter, shuffle_documents
 
-SPLITS = "train", "validation"
-DESCRIPTION, NOTE, LOCK = "data.json", "progress.json", "lock"
+NOTE, LOCK = "progress.json", "lock"
 SECONDS_BETWEEN_NOTES = 10
 BYTES_PER_TOKEN = 4.5  # of English
 COMPRESSION = 3.0
