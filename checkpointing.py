@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +21,11 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
-from safetensors.numpy import save_file
 
 import manifest
 from config import read_json
-from weights import check_forms, host_arrays, load_weights, match
+from durable import sync, sync_tree
+from weights import check_forms, host_arrays, load_weights, match, save_weights
 
 NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -146,7 +145,7 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
     """
     if not folder.exists():
         folder.mkdir()
-        _sync(folder.parent)
+        sync(folder.parent)
     remove_staging(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
     staging = folder / f"{STAGING}{name}"
@@ -161,20 +160,18 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
             raise OSError(number, os.strerror(number), str(staging)) from error
         raise
     with contextlib.suppress(OSError):  # it is committed; who settles the folder hears of a failure
-        _sync(folder)
+        sync(folder)
         _point_links(folder)
     return Checkpoint(folder / name)
 
 
 def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
-    weights = folder / MODEL_FILE
-    save_file(dict(state.weights), weights, metadata={"model.json": model_json})
-    weights.chmod(0o644)
+    save_weights(folder / MODEL_FILE, state.weights, model_json)
     optimizer: Any = state.optimizer
     ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
     (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
     manifest.write(folder)
-    _sync_tree(folder)
+    sync_tree(folder)
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -254,21 +251,6 @@ def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
         newest = time.strptime(checkpoints[-1].path.name[:16], TIME_FORMAT)
         seconds = max(seconds, calendar.timegm(newest) + 1)
     return f"{time.strftime(TIME_FORMAT, time.gmtime(seconds))}-iteration-{global_step}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until every file and folder below is on the disk, the folder itself last."""
-    inside: Iterable[Path] = sorted(folder.rglob("*"), reverse=True)  # children before their folder
-    for path in [*inside, folder]:
-        _sync(path)
 
 
 def _link(folder: Path, link: str, target: str) -> None:

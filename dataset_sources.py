@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import re
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors.numpy import save_file
 
 from builtin_data import BUILTIN
 from config import Config, load_config
+from durable import appearing
 
 DATA_FOLDER = Path(__file__).parent / "data"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -83,15 +82,12 @@ def impostor(path: Path) -> str | None:
 
 
 def _write_token_files(folder: Path, tokens: dict[str, np.ndarray]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:
-        for split, ids in tokens.items():
-            save_file({"tokens": ids}, staging / f"{split}.safetensors")
-        staging.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not (isinstance(error, OSError) and folder.exists()):  # else another process has made the same one
+        with appearing(folder) as staging:
+            for split, ids in tokens.items():
+                save_file({"tokens": ids}, staging / f"{split}.safetensors")
+    except OSError:
+        if not folder.exists():  # else another process has made the same one
             raise
 
 
@@ -121,7 +117,7 @@ def _download(dataset: str, folder: Path) -> None:
     except (OSError, HTTPError, ValueError) as error:
         raise ValueError(
             f"dataset: no folder {dataset!r} here, and the Hub dataset of that name could not be fetched: "
-            f"{_reason(error)}"
+            f"{reason(error)}"
         ) from None
 
 
@@ -223,8 +219,8 @@ def _checksum(path: Path, etag: str) -> str:
         return hashlib.file_digest(file, start).hexdigest()
 
 
-def _reason(error: Exception) -> str:
-    """Say in one line why the client failed, and what helps."""
+def reason(error: Exception, kind: str = "dataset") -> str:
+    """Say in one line why the Hub's client failed, and what helps."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.utils import build_hf_headers
 
@@ -234,6 +230,6 @@ def _reason(error: Exception) -> str:
             return f"{status}, the token (HF_TOKEN) may not read it; ask for access on its page or use another token"
         return f"{status}, it is private or gated, or does not exist; set HF_TOKEN to a token that may read it"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{status}, the Hub shows no dataset of that name; check the name, or HF_TOKEN if it is private"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return reason if isinstance(error, ValueError) else f"{reason[:300]}; try again, and it goes on where it stopped"
+        return f"{status}, the Hub shows no {kind} of that name; check the name, or HF_TOKEN if it is private"
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if isinstance(error, ValueError) else f"{told[:300]}; try again, and it goes on where it stopped"

@@ -21,6 +21,7 @@ from batches import Batch, Source, ahead, batches
 from config import read_json
 from data_description import DESCRIPTION, SPLITS
 from documents import File, Reading
+from durable import sync
 from seen_documents import SeenDocuments
 from token_writer import TokenWriter, shuffle_documents
 
@@ -232,7 +233,7 @@ class Preparation:
         self.folder.rename(self.out)
         for name in (NOTE, LOCK):
             (self.out / name).unlink()
-        _sync_folder(self.out.parent)
+        sync(self.out.parent)
         return read_json(self.out / DESCRIPTION, data_description.LARGEST_BYTES)
 
     def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
@@ -346,12 +347,4 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from config import LARGEST_JSON_BYTES
 from tensor_files import open_tensors
@@ -20,15 +21,26 @@ def load_model(path: Path, model: nnx.Module) -> None:
     nnx.update(model, match(nnx.state(model, nnx.Param), load_weights(path), path))
 
 
+def save_weights(path: Path, arrays: Mapping[str, np.ndarray], model_json: str, **metadata: str) -> None:
+    """Write a weights file, readable by all; the model's shape rides in its metadata."""
+    save_file(dict(arrays), path, metadata={"model.json": model_json, **metadata})
+    path.chmod(0o644)
+
+
 def read_model_json(path: Path) -> str:
     """Read the `model.json` that rides in a weights file. Raises ValueError when the file does not have one."""
-    with _open(path) as file:
-        metadata = file.metadata() or {}
+    metadata = read_metadata(path)
     if "model.json" not in metadata:
         raise ValueError(f"{path}: expected a model.json in the file's metadata, found none; use one that we saved")
     if len(metadata["model.json"]) > LARGEST_JSON_BYTES:
         raise ValueError(f"{path}: expected a model.json of a few lines in the file's metadata; use one that we saved")
     return metadata["model.json"]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the texts that ride in a weights file. Raises ValueError when it is another kind of file."""
+    with _open(path) as file:
+        return file.metadata() or {}
 
 
 @dataclass(frozen=True)

@@ -470,7 +470,7 @@ def test_nothing_but_folders_with_a_checkpoints_name_is_a_checkpoint(three):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
 @pytest.mark.parametrize(
-    "broken", [(checkpointing, "save_file"), (checkpointing.ocp, "save"), (os, "fsync"), (Path, "rename")], ids=str
+    "broken", [(checkpointing, "save_weights"), (checkpointing.ocp, "save"), (os, "fsync"), (Path, "rename")], ids=str
 )
 def test_a_failing_save_leaves_the_folder_as_it_was(three, monkeypatch, broken, error):
     folder, [*_, newest] = three
@@ -565,7 +565,7 @@ def test_of_several_best_ones_the_newest_is_kept(tmp_path):
 def test_best_and_latest_survive_any_sequence_of_saves_and_clock_jumps(keep, commits):
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as monkeypatch:
         folder, now, alive = Path(name), 1e9, []
-        monkeypatch.setattr(checkpointing, "save_file", lambda arrays, path, metadata: path.write_bytes(b""))
+        monkeypatch.setattr(checkpointing, "save_weights", lambda path, arrays, model_json: path.write_bytes(b""))
         monkeypatch.setattr(checkpointing.ocp, "save", lambda path, state: None)
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
         monkeypatch.setattr(time, "time", lambda: now)

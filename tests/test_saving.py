@@ -246,9 +246,9 @@ def fail(error):
 
 
 WRITERS = {
-    "weights": (checkpointing, "save_file"),
+    "weights": (checkpointing, "save_weights"),
     "optimizer": (checkpointing.ocp, "save"),
-    "fsync": (checkpointing, "_sync_tree"),
+    "fsync": (checkpointing, "sync_tree"),
     "copy": (checkpointing, "copy_to_host"),
 }
 
