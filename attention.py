@@ -51,6 +51,17 @@ def causal_weights(q_BTNH: jax.Array, k_BSNH: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(seen_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
 
 
+def cached_attention(q_BTNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, first: jax.Array) -> jax.Array:
+    """Mix cached values as `causal_attention` does, for the positions from `first` on; returns (B, T, N, H).
+
+    Keys and values of those positions, and of all before them, are in the cache; what stands behind is not looked at.
+    """
+    scores_BNTS = _product("btnh,bnsh->bnts", q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BNSH)
+    seen_TS = jnp.arange(k_BNSH.shape[2])[None] <= first + jnp.arange(q_BTNH.shape[1])[:, None]
+    weights_BNTS = jax.nn.softmax(jnp.where(seen_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
+    return _product("bnts,bnsh->btnh", weights_BNTS.astype(v_BNSH.dtype), v_BNSH).astype(v_BNSH.dtype)
+
+
 @jax.custom_vjp
 def _blockwise(q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array) -> jax.Array:
     return _forward(q_BNTH, k_BNTH, v_BNTH)[0]

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import command_line
-from run_directory import RunDirectory
 
 
 def main(args: argparse.Namespace) -> int:
@@ -12,26 +11,15 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"expected one path or two, got {len(args.paths)}")
     import manifest  # these take seconds: not for a typing error
     from inspection import array_table
+    from saved_model import find_weights
     from weights import load_weights
 
-    files = [find_weights(path) for path in args.paths]
+    files = [find_weights(path, "latest") for path in args.paths]
     tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
     for file in files:
         manifest.check_alone(file)
     print(*files, "", *array_table(*tables), sep="\n")
     return command_line.DONE
-
-
-def find_weights(path: Path) -> Path:
-    """Return the weights file of a run (its newest checkpoint's), of a checkpoint, or the file itself."""
-    from checkpointing import MODEL_FILE
-
-    for candidate in (path / MODEL_FILE, RunDirectory(path).checkpoints / "latest" / MODEL_FILE):
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a checkpoint, a run that has one, or a {MODEL_FILE}")
-    return path
 
 
 def make_parser() -> command_line.ArgumentParser:

@@ -6,8 +6,9 @@ Suffixes of array names: B batch, T positions, D embedding, N heads, H head widt
 K or A microbatches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -20,6 +21,9 @@ from config import ModelConfig
 from layer_norm import LayerNorm
 
 INIT_STD = 0.02
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array], jax.Array
+]  # queries, keys and values to what is mixed, all (B, T, N, H)
 gelu = partial(jax.nn.gelu, approximate=True)
 
 
@@ -50,12 +54,12 @@ class CausalSelfAttention(nnx.Module):
         )
         self.dropout = nnx.Dropout(drop_rate)
 
-    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None, attend: Attend = causal_attention) -> jax.Array:
         batch, length, width = x_BTD.shape
         heads = (batch, length, self.n_heads, width // self.n_heads)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
         if dropout_rngs is None or self.dropout.rate == 0:
-            mixed_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH)
+            mixed_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
         else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
             weights_BNTT = causal_weights(q_BTNH, k_BTNH)
             weights_BNTT = self.dropout(weights_BNTT, rngs=dropout_rngs).astype(v_BTNH.dtype)
@@ -107,9 +111,9 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
         self.dropout = nnx.Dropout(drop_rate)
 
-    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None, attend: Attend = causal_attention) -> jax.Array:
         normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout_rngs), dropout_rngs)
+        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout_rngs, attend), dropout_rngs)
         if self.feed_forward is not None:
             normed_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
             x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout_rngs)
@@ -167,21 +171,31 @@ class GPTModel(nnx.Module):
         chex.assert_type(tokens_BT, int, custom_message="token ids")
         return self.token_embedding(tokens_BT.astype(jnp.int32))
 
-    def transform(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Return the hidden states after the last stage, (B, T, D), float32, for embedded tokens."""
-        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout_rngs)
+    def transform(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None, **cached: Any) -> jax.Array:
+        """Return the hidden states after the last stage, (B, T, D), float32, for embedded tokens; see `stages`."""
+        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout_rngs, **cached)
         return hidden_BTD
 
-    def stages(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> Iterator[tuple[str, jax.Array]]:
-        """Yield the hidden states (B, T, D), float32, after each stage, with its name, for embedded tokens."""
+    def stages(
+        self,
+        x_BTD: jax.Array,
+        dropout_rngs: nnx.Rngs | None = None,
+        *,
+        first_position: int | jax.Array = 0,
+        attends: Sequence[Attend] | None = None,
+    ) -> Iterator[tuple[str, jax.Array]]:
+        """Yield the hidden states (B, T, D), float32, after each stage, with its name, for embedded tokens.
+
+        Whoever keeps the keys and values of earlier positions says where these begin, and how each layer attends.
+        """
         length = x_BTD.shape[1]
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
         if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(jnp.arange(length))[None]
+            x_BTD = x_BTD + self.position_embedding(first_position + jnp.arange(length))[None]
         x_BTD = self.dropout(x_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
         yield "the embedding", x_BTD
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, dropout_rngs)
+            x_BTD = block(x_BTD, dropout_rngs, attends[number] if attends else causal_attention)
             chex.assert_type(x_BTD, jnp.float32, custom_message=f"the residual stream after block {number}")
             yield f"block {number}", x_BTD
         if self.output_norm is not None:

@@ -37,6 +37,11 @@ class RunDirectory:
         return self.path / "samples.txt"
 
     @property
+    def initial_weights(self) -> Path:
+        """Where an import puts the weights that its run starts from; any run may start from any file."""
+        return self.path / "initial" / "model.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

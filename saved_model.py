@@ -5,8 +5,10 @@ from pathlib import Path
 from flax import nnx
 
 import manifest
+from checkpointing import MODEL_FILE
 from config import MEMORY_BYTES, ModelConfig, parse_config
 from model import GPTModel
+from run_directory import RunDirectory
 from weights import load_model, load_weights, read_model_json
 
 
@@ -25,6 +27,23 @@ def load_saved_model(path: Path) -> GPTModel:
     load_model(path, model)
     manifest.check_alone(path)
     return model
+
+
+def find_weights(path: Path, which: str = "best") -> Path:
+    """Return the weights file that a path stands for: the file itself, a checkpoint's, or that of a run.
+
+    Of a run that is its checkpoint `which` (a name or a link), without one its newest, without any what it starts from.
+    Raises ValueError when there is none.
+    """
+    if path.is_file():
+        return path
+    run = RunDirectory(path)
+    folders = path, run.checkpoints / which, run.checkpoints / "latest", run.initial_weights.parent
+    for candidate in (folder / MODEL_FILE for folder in folders):
+        if candidate.is_file():
+            return candidate
+    found = "a folder without one" if path.is_dir() else "nothing"
+    raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {found}")
 
 
 def _without_arrays(config: ModelConfig) -> GPTModel:

@@ -210,7 +210,7 @@ def sample(training: Training) -> str | None:
     if training.model_config.vocab_size < tokenizer.VOCAB_SIZE:
         return None
     prompt = training.config.sample_prompt
-    [completion] = generate(training.model, tokenizer.encode(prompt), num_tokens=SAMPLE_TOKENS)
+    [completion] = generate(training.model, tokenizer.encode(prompt), SAMPLE_TOKENS)
     return prompt + tokenizer.decode(completion.tolist())
 
 

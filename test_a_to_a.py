@@ -22,10 +22,10 @@ Now wherefore stopp'st thou me?"""
 def main(args: argparse.Namespace) -> int:
     import tokenizer  # these take seconds: not for `--help`
     from mesh import describe_devices
-    from saved_model import load_saved_model
+    from saved_model import find_weights, load_saved_model
 
     describe_devices()
-    model = load_saved_model(args.model)
+    model = load_saved_model(find_weights(args.model))
     token_ids = tokenizer.encode(args.text)
     if not token_ids:
         raise ValueError("--text: expected some text, got none")
@@ -51,7 +51,7 @@ def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
 
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
-    parser.add_argument("model", type=Path, help="a model.safetensors that train.py saved")
+    parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument("--text", default=POEM, help="another text than the first verse of the Ancient Mariner")
     return parser
 

@@ -5,6 +5,7 @@ This is a program, not a pytest test.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import command_line
@@ -13,31 +14,44 @@ import command_line
 def main(args: argparse.Namespace) -> int:
     check(args)
     import tokenizer  # these take seconds: not for a typing error
-    from generation import generate
+    from generation import Sampling, generate, stream
     from mesh import describe_devices
-    from saved_model import load_saved_model
+    from saved_model import find_weights, load_saved_model
 
     describe_devices()
-    model = load_saved_model(args.model)
+    path = find_weights(args.model)
+    model = load_saved_model(path)
     prompt_ids = tokenizer.encode(args.prompt)
     if model.config.vocab_size < tokenizer.VOCAB_SIZE:
-        raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+        raise ValueError(f"{path}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
     context_length = model.config.context_length
-    if len(prompt_ids) > context_length:
-        print(f"notice: the model sees the last {context_length} of {len(prompt_ids)} prompt tokens", file=sys.stderr)
-        prompt_ids = prompt_ids[-context_length:]
-    completions = generate(
-        model,
-        prompt_ids,
-        num_tokens=args.tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        num_samples=args.samples,
-    )
-    for completion in completions:
-        print(args.prompt + tokenizer.decode(completion.tolist()))
+    if len(prompt_ids) >= context_length:
+        raise ValueError(
+            f"--prompt: expected fewer tokens than the context of {context_length:,} has, got {len(prompt_ids):,}, "
+            "which leave no room; shorten it"
+        )
+    if len(prompt_ids) + args.tokens > context_length:
+        notice = f"a text that outgrows the context of {context_length:,} tokens goes on from its last half of them"
+        print(f"notice: {notice}", file=sys.stderr)
+    stop_id = None if args.ignore_end else tokenizer.END_OF_TEXT
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    options = {"sampling": sampling, "seed": args.seed, "stop_id": stop_id}
+    if args.samples == 1:
+        tell(args.prompt, (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options)), stop_id)
+    else:  # of several that come together, each can only be told when all are there
+        for completion in generate(model, prompt_ids, args.tokens, args.samples, **options):
+            tell(args.prompt, [completion.tolist()], stop_id)
     return command_line.DONE
+
+
+def tell(prompt: str, parts: Iterable[list[int]], stop_id: int | None) -> None:
+    """Print a prompt and the tokens that follow as they come, up to `<|endoftext|>` where they stop there."""
+    import tokenizer
+
+    print(prompt, end="", flush=True)
+    for text in tokenizer.decode_stream(part[: part.index(stop_id)] if stop_id in part else part for part in parts):
+        print(text, end="", flush=True)
+    print()
 
 
 def check(args: argparse.Namespace) -> None:
@@ -48,21 +62,27 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')}: expected a number above 0, got {value}")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed: expected a number from 0 to 2,147,483,647, got {args.seed}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: expected 0 (greedy) or a positive number, got {args.temperature}")
-    if args.temperature == 0 and (args.samples > 1 or args.top_k):
-        raise ValueError("--samples and --top-k need a --temperature above 0: greedy completions are all the same")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p: expected a share above 0, at most 1, got {args.top_p}")
+    if args.temperature == 0 and (args.samples > 1 or args.top_k or args.top_p):
+        raise ValueError("--samples, --top-k and --top-p need a --temperature above 0: greedy ones are all the same")
 
 
 def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser("Complete a prompt; greedily, unless a temperature is given.")
-    parser.add_argument("model", type=Path, help="a model.safetensors that train.py saved")
+    parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument("--prompt", default="Every effort moves you")
     parser.add_argument("--tokens", type=int, default=20, help="how many to add (20)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says")
     parser.add_argument("--top-k", type=int, help="sample from the likeliest so many tokens only")
+    parser.add_argument("--top-p", type=float, help="and from the likeliest tokens that together have this share")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--samples", type=int, default=1, help="how many completions (1)")
+    parser.add_argument("--ignore-end", action="store_true", help="go on after <|endoftext|>, where completions stop")
     return parser
 
 

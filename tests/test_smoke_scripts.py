@@ -6,6 +6,7 @@ from conftest import run_program
 from flax import nnx
 from safetensors.numpy import save_file
 
+import tokenizer
 from checkpointing import MODEL_FILE
 from config import ModelConfig
 from model import GPTModel
@@ -68,11 +69,37 @@ def test_generation_samples_with_a_seed(call_program, forgetful):
     assert first.stdout.count("Every effort moves you") == 2
 
 
-def test_a_long_prompt_is_cropped_with_a_notice(call_program, repeating):
+def test_a_prompt_that_leaves_no_room_is_one_line_and_exit_code_2(call_program, repeating):
     finished = call_program("test_generation", repeating, "--prompt", "no " * 20 + "yes", "--tokens", 2)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: --prompt: expected fewer tokens than the context of 16 has, got 21")
+
+
+def test_a_text_that_outgrows_the_context_says_so_and_goes_on(call_program, repeating):
+    finished = call_program("test_generation", repeating, "--tokens", 30)
     assert finished.returncode == 0
-    assert finished.stderr.startswith("notice: the model sees the last 16 of ")
-    assert finished.stdout.endswith("yes yes yes\n")
+    assert (
+        finished.stderr == "notice: a text that outgrows the context of 16 tokens goes on from its last half of them\n"
+    )
+    assert finished.stdout == "Every effort moves you" + 30 * " you" + "\n"
+
+
+def test_a_completion_stops_at_the_end_of_text_unless_told_to_go_on(call_program, tmp_path):
+    ending = save_model(tmp_path, lambda embedding: np.concatenate([0 * embedding[:-1], embedding[345:346]]))
+    finished = call_program("test_generation", ending)  # " you" is 345
+    assert (finished.returncode, finished.stdout) == (0, "Every effort moves you\n")
+    options = ("--samples", 2, "--temperature", 1e-3)
+    assert call_program("test_generation", ending, *options).stdout == 2 * "Every effort moves you\n"
+    told = call_program("test_generation", ending, "--ignore-end", "--tokens", 1)
+    assert told.stdout == "Every effort moves you<|endoftext|>\n"
+
+
+def test_a_character_of_several_tokens_comes_out_whole():
+    ids = tokenizer.encode("naïve 猫 🙂!")
+    assert len(ids) > 6
+    parts = list(tokenizer.decode_stream([token] for token in ids))
+    assert "".join(parts) == "naïve 猫 🙂!" and not any("\ufffd" in part for part in parts)
+    assert list(tokenizer.decode_stream([tokenizer.encode("🙂")[:1]]))[-1] == "\ufffd"  # what never comes
 
 
 @pytest.mark.parametrize("program", ["test_a_to_a", "test_generation"])
@@ -83,7 +110,19 @@ def test_a_missing_file_is_one_line_and_exit_code_2(call_program, program, tmp_p
 
 
 @pytest.mark.parametrize(
-    "options", [("--tokens", 0), ("--samples", 0), ("--top-k", 0), ("--temperature", -1), ("--prompt", "")], ids=str
+    "options",
+    [
+        ("--tokens", 0),
+        ("--samples", 0),
+        ("--top-k", 0),
+        ("--top-p", 0),
+        ("--top-p", 1.5),
+        ("--top-p", 0.5),
+        ("--seed", -1),
+        ("--temperature", -1),
+        ("--prompt", ""),
+    ],
+    ids=str,
 )
 def test_options_without_sense_are_one_line_and_exit_code_2(call_program, repeating, options):
     finished = call_program("test_generation", repeating, *options)
