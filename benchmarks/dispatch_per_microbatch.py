@@ -1,11 +1,13 @@
 """The loop that JAX tutorials teach, to compare with: one call of a jitted step, and one `.item()`, per microbatch.
 
-The model is ours. Nothing is donated, all logits are held, and `optax.MultiSteps` joins the microbatches.
+Nothing is donated, all logits are held, and `optax.MultiSteps` joins the microbatches. The model is ours; with
+`--plain-parts` its attention, layer norm and GELU are those that JAX and Flax offer, as a tutorial would have them.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import in_jax
@@ -17,7 +19,9 @@ import shapes
 from flax import nnx
 
 import command_line
+import model as parts
 from config import ModelConfig, TrainConfig
+from layer_norm import EPSILON
 from model import GPTModel
 from optimizer import learning_rate_schedule
 
@@ -42,10 +46,22 @@ def make_optimizer(model: GPTModel, train: TrainConfig) -> nnx.Optimizer:
     return nnx.Optimizer(model, joined.gradient_transformation(), wrt=nnx.Param)
 
 
+def take_plain_parts() -> None:
+    """Let models that are built from now on have the attention, layer norm and GELU of JAX and Flax."""
+    plain: dict[str, Callable[..., Any]] = {
+        "causal_attention": partial(jax.nn.dot_product_attention, is_causal=True),
+        "LayerNorm": lambda width, rngs: nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs),
+        "gelu_product": lambda hidden_BTF, kernel_FD: parts.gelu(hidden_BTF) @ kernel_FD,
+    }
+    vars(parts).update(plain)
+
+
 class DispatchPerMicrobatch:
     steps_ahead = 0
 
     def __init__(self, args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> None:
+        if args.plain_parts:
+            take_plain_parts()
         self.config, self.train = config, train
         self.stream = in_jax.make_stream(args, config, train)
         self.model = in_jax.make_model(args, config, train)
@@ -81,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def make_parser() -> command_line.ArgumentParser:
-    return shapes.make_parser("Measure a JAX loop with one call per microbatch; prints one JSON object.")
+    parser = shapes.make_parser("Measure a JAX loop with one call per microbatch; prints one JSON object.")
+    parser.add_argument("--plain-parts", action="store_true", help="attention, layer norm and GELU of JAX and Flax")
+    return parser
 
 
 if __name__ == "__main__":

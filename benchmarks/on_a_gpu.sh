@@ -16,7 +16,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 # both programs are on the GPU at onc
 for attention in flash cudnn; do
   for microbatch in "$@"; do
     echo "microbatch $microbatch, PyTorch with $attention attention"
-    ${PYTHON:-uv run python} benchmarks/compare.py --pairs 5 --steps 10 --json \
+    ${PYTHON:-uv run python} benchmarks/compare.py --pairs 7 --steps 10 --json \
       "$run benchmarks/throughput.py" "$run benchmarks/torch_gpt.py --compile --attention $attention" \
       -- --shape gpt2-small --precision bfloat16 --microbatch "$microbatch" --accumulation 4 --ceiling \
       >>"$folder/gpt2-small.jsonl" || echo "microbatch $microbatch with $attention attention failed"
