@@ -108,6 +108,9 @@ class TrainConfig(Config):
     min_train_tokens: int = key("fatal", ge=-1)  # per epoch; -1: all of them
     learning_rate: float = key("announced", gt=0, le=1e3)  # the schedule's peak
 
+    initial_weights: str | None = key(
+        "fatal", None, min_length=1
+    )  # a model.safetensors to start from; None: random ones
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
     epochs: int = key("fatal", 1, ge=1)

@@ -1,11 +1,13 @@
-"""Mean loss over held-out batches."""
+"""Losses of held-out tokens: their mean while a run trains, and each on its own when models are judged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from flax import nnx
 
 from data import TokenStream
+from loss import fused_losses
 from model import GPTModel
 from steps import Compiled, compile_eval_step, eval_step
 
@@ -31,3 +33,80 @@ def mean_loss(
         inputs_KBT, targets_KBT = jax.device_put(stream.batch(number))
         losses += [step(model, inputs_BT, targets_BT) for inputs_BT, targets_BT in zip(inputs_KBT, targets_KBT)]
     return float(np.mean(jax.device_get(losses), dtype=np.float64))
+
+
+@nnx.jit
+def token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Return the loss of every target, (B, T), float32, in nats."""
+    hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
+    return fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
+
+
+def num_windows(num_targets: int, length: int, stride: int) -> int:
+    """Count the windows of `length` positions, each `stride` after the one before, that it takes to reach the end."""
+    return 1 + max(0, -(-(num_targets - length) // stride))
+
+
+def windowed_losses(
+    model: GPTModel, tokens: np.ndarray, *, stride: int | None = None, windows_per_batch: int = 8
+) -> Iterator[np.ndarray]:
+    """Yield the losses of all tokens but the first, in their order, a batch of windows at a time.
+
+    A window is as long as the model's context. Without `stride` windows follow one another; with it each begins so many
+    tokens after the one before, and only what that has not seen is counted: every token but those of the first window
+    then has at least context - stride tokens before it.
+    """
+    length, num_targets = model.config.context_length, len(tokens) - 1
+    stride = stride or length
+    starts = [number * stride for number in range(num_windows(num_targets, length, stride))]
+
+    def counted(losses_BT: jax.Array, batch: list[int]) -> np.ndarray:
+        return np.concatenate(
+            [
+                losses[length - stride if start else 0 : min(length, num_targets - start)]
+                for losses, start in zip(np.asarray(losses_BT), batch)
+            ]
+        )
+
+    waiting: tuple[jax.Array, list[int]] | None = None  # so that the device works on a batch while the last is fetched
+    for batch in (starts[i : i + windows_per_batch] for i in range(0, len(starts), windows_per_batch)):
+        windows = np.zeros((windows_per_batch, length + 1), tokens.dtype)  # padded, for one compiled shape
+        for row, start in zip(windows, batch):
+            window = tokens[start : start + length + 1]
+            row[: len(window)] = window
+        losses_BT = token_losses(model, *jax.device_put((windows[:, :-1], windows[:, 1:])))
+        if waiting:
+            yield counted(*waiting)
+        waiting = losses_BT, batch
+    if waiting:
+        yield counted(*waiting)
+
+
+def standard_error(values: np.ndarray, block: int) -> float | None:
+    """Return the standard error of a mean over values that are alike where they are near, by blocks of them.
+
+    None when there are fewer than two whole blocks.
+    """
+    blocks = values[: len(values) // block * block].reshape(-1, block).mean(axis=1, dtype=np.float64)
+    return None if len(blocks) < 2 else float(blocks.std(ddof=1) / len(blocks) ** 0.5)
+
+
+def completion_losses(
+    model: GPTModel, texts: Iterable[tuple[list[int], list[int]]], *, rows_per_batch: int = 32, multiple: int = 32
+) -> Iterator[np.ndarray]:
+    """Yield, for each context and completion (token ids, neither empty), the losses of the completion's tokens.
+
+    Of what is longer than the model's context, the end is taken. Texts of about one length are best given together: a
+    batch is padded to its longest, in multiples of `multiple`.
+    """
+    most = model.config.context_length + 1
+    pending = list(texts)
+    for batch in (pending[i : i + rows_per_batch] for i in range(0, len(pending), rows_per_batch)):
+        whole = [(context + completion)[-most:] for context, completion in batch]
+        width = min(most - 1, -(-max(len(text) - 1 for text in whole) // multiple) * multiple)
+        tokens = np.zeros((rows_per_batch, width + 1), np.int32)
+        for row, text in zip(tokens, whole):
+            row[: len(text)] = text
+        losses_BT = np.asarray(token_losses(model, *jax.device_put((tokens[:, :-1], tokens[:, 1:]))))
+        for losses, text, (_, completion) in zip(losses_BT, whole, batch):
+            yield losses[max(0, len(text) - 1 - len(completion)) : len(text) - 1]

@@ -19,7 +19,7 @@ from interruption import StopRequest, listening
 from mesh import describe_devices, device_kind
 from run_directory import RunDirectory
 from saving import Saver
-from starting import go_on_from, leaked_share, set_up, tokens_available, whole_steps
+from starting import go_on_from, leaked_share, set_up, start_from_weights, tokens_available, whole_steps
 from steps import compile_train_step, steps_ahead
 from stopwatch import Stopwatch
 from training import (
@@ -69,7 +69,7 @@ def train_or_go_on(
         from_one, accept = args.from_checkpoint is not None, args.accept_changes
         say(*go_on_from(checkpoint, training, accept=accept, commit_again=from_one))
     else:
-        say(*set_history_aside(training))
+        say(*start_from_weights(training), *set_history_aside(training))
         cut_after(training, 0)
     resume_line = f"uv run train.py {args.run}"
     with listening(

@@ -54,6 +54,19 @@ def fused_cross_entropy(
     return _loss(head_VD, prepared_PD, *_chunks(hidden_BTD, targets_BT, len(head_VD), rows_per_chunk))
 
 
+def fused_losses(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None = None
+) -> jax.Array:
+    """Return the loss of every target on its own, (…), float32, of which `fused_cross_entropy` is the mean."""
+    prepared_PD = prepare_head(head_VD, hidden_BTD.dtype)
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _losses(chunk[0], prepared_PD, chunk[1], len(head_VD))[0]
+
+    hidden_CRD, targets_CR, _ = _chunks(hidden_BTD, targets_BT, len(head_VD), rows_per_chunk)
+    return jax.lax.map(of_chunk, (hidden_CRD, targets_CR)).reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+
 def add_head_gradient(
     total_VD: jax.Array,
     prepared_PD: jax.Array,

@@ -1,11 +1,13 @@
 """How a run starts or goes on: its tokens, model and optimiser, and what a checkpoint says of them."""
 
 import math
+from pathlib import Path
 
 import checkpointing
 import drift
+import manifest
 import samples
-from config import ModelConfig, TrainConfig, load_config, steps_per_epoch
+from config import ModelConfig, TrainConfig, load_config, parse_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from data_description import recorded_leakage
 from dataset_sources import dataset_folder, dataset_revision
@@ -14,6 +16,7 @@ from optimizer import make_optimizer
 from run_directory import RunDirectory
 from stopwatch import Stopwatch
 from training import Training, at_milestone, cut_after
+from weights import load_model, read_model_json
 
 
 def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
@@ -87,6 +90,23 @@ def set_up(
         landmarks=landmarks,
         stopwatch=stopwatch,
     )
+
+
+def start_from_weights(training: Training) -> list[str]:
+    """Put `initial_weights` into the fresh model of a new run; return what there is to say.
+
+    Raises ValueError when they are those of another model.
+    """
+    if training.config.initial_weights is None:
+        return []
+    path = Path(training.config.initial_weights)
+    theirs = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
+    ours = training.model_config.model_dump()
+    if differing := [f"{name} {theirs[name]} against {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(f"initial_weights: {path} is of another model than model.json: {', '.join(differing)}")
+    manifest.check_alone(path)
+    load_model(path, training.model)
+    return [f"starting from the weights in {path}"]
 
 
 def go_on_from(

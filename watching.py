@@ -35,7 +35,7 @@ class Watcher:
     def after_step(self, reports: list[Report]) -> list[str]:
         """Return what there is to say; raises RuntimeError when the first accepted update has changed nothing."""
         training, lines, before = self._training, [], self._hashes
-        if training.global_step == 1:
+        if training.global_step == 1 and training.config.initial_weights is None:
             first_loss = mean_of_calls(jax.device_get(reports))
             lines.append(first_loss_line(first_loss, training.model_config.vocab_size))
         if not before:

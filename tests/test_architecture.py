@@ -8,16 +8,17 @@ from conftest import ROOT
 FLOORS = [
     set(names.split())
     for names in (
-        "attention command_line compilation_cache config documents interruption layer_norm metrics run_directory "
-        "seen_documents stopwatch tensor_files tokenizer",
+        "attention command_line compilation_cache config documents durable interruption layer_norm metrics "
+        "run_directory seen_documents stopwatch tensor_files tokenizer",
         "batches builtin_data charts data data_description drift flops loss manifest mesh model "
         "optimizer samples token_writer weights",
-        "dataset_sources inspection preflight preparing steps",
+        "dataset_sources gpt2_weights inspection preflight preparing steps",
         "checkpointing debug_checks evaluation fitting generation overfitting",
-        "comparison saved_model training",
+        "comparison multiple_choice saved_model training",
         "saving starting watching",
         "loop",
-        "compare_runs inspect_checkpoint prepare_data prove_resume test_a_to_a test_generation train",
+        "compare_runs convert_gpt2 evaluate inspect_checkpoint prepare_data prove_resume test_a_to_a "
+        "test_generation train",
     )
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,270 @@
+"""GPT-2's weights from Hugging Face, and ours back: `uv run convert_gpt2.py import|export SOURCE TARGET`."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import command_line
+from durable import appearing
+from run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from config import ModelConfig
+
+CONFIG, WEIGHTS, INDEX, VOCABULARY = "config.json", "model.safetensors", "model.safetensors.index.json", "vocab.json"
+LARGEST_INDEX_BYTES = 10_000_000
+FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
+    "dataset": "builtin/python-docs",
+    "microbatch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "min_train_tokens": -1,
+    "learning_rate": 3e-5,
+    "checkpoint_interval": 25,
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.target.exists() or args.target.is_symlink():
+        raise ValueError(f"{args.target}: is there already; move it away or choose another name")
+    if args.action == "import":
+        if args.checkpoint:
+            raise ValueError("--checkpoint: goes with export; an import has but one set of weights")
+        return import_run(args.source, args.target)
+    return export_folder(Path(args.source), args.target, args.checkpoint)
+
+
+def import_run(source: str, target: Path) -> int:
+    """Make a run of a GPT-2 from a folder or from the Hub; training starts from its weights."""
+    import gpt2_weights
+    import manifest
+    import tokenizer
+    from config import parse_config, read_json
+    from weights import save_weights
+
+    folder = find_folder(source)
+    config = gpt2_weights.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    if config.vocab_size == tokenizer.VOCAB_SIZE and (folder / VOCABULARY).exists():
+        check_vocabulary(folder / VOCABULARY)
+    theirs, metadata = open_weights(folder)
+    arrays = gpt2_weights.import_weights(theirs, config, str(folder))
+    if "model.json" in metadata:  # we have exported it
+        original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
+        arrays, config = gpt2_weights.without_zero_biases(arrays, config, original)
+    with appearing(target) as staging:
+        initial = RunDirectory(staging).initial_weights
+        initial.parent.mkdir()
+        save_weights(initial, arrays, config.model_dump_json())
+        manifest.write(initial.parent)
+        named = str(RunDirectory(target).initial_weights)
+        write_json(RunDirectory(staging).model_config, config.model_dump())
+        write_json(RunDirectory(staging).train_config, FINE_TUNING | {"initial_weights": named})
+    parameters = sum(array.size for array in arrays.values())
+    print(f"{target}: {parameters:,} parameters of {source}, {config.n_layers} layers, width {config.emb_dim}")
+    print(f"uv run test_generation.py {target}")
+    print(f"uv run evaluate.py {target}")
+    print(f"uv run train.py {target}    # fine-tunes it; say on what in {RunDirectory(target).train_config}")
+    return command_line.DONE
+
+
+def find_folder(source: str) -> Path:
+    """Return the local folder of a GPT-2, fetched from the Hub when there is none of that name."""
+    from dataset_sources import HUB_ID, reason
+
+    if (folder := Path(source)).is_dir():
+        return folder
+    if folder.exists() or not (HUB_ID.fullmatch(source) or source.isidentifier() or source.startswith("gpt2-")):
+        raise ValueError(f"{source}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of the Hub")
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return fetch(source)
+    except (OSError, HTTPError, ValueError) as error:
+        why = reason(error, "model")
+        raise ValueError(f"{source}: no such folder here, and it could not be fetched from the Hub: {why}") from None
+
+
+def fetch(source: str) -> Path:
+    """Fetch a model of the Hub into the client's own cache, all of one revision; return the folder there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    folder = Path(hf_hub_download(source, CONFIG)).parent
+
+    def get(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(source, name, revision=folder.name))
+        except RemoteEntryNotFoundError:
+            return None
+
+    get(VOCABULARY)
+    if not get(WEIGHTS) and (index := get(INDEX)):
+        for name in shards(index):
+            get(name)
+    return folder
+
+
+def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Open the weights of a folder, in one file or several: arrays that are read when they are wanted, and metadata."""
+    from dataset_sources import impostor
+    from weights import load_weights, read_metadata
+
+    if (folder / WEIGHTS).exists():
+        files = {WEIGHTS}
+    elif (folder / INDEX).exists():
+        files = shards(folder / INDEX)
+    else:
+        others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".h5")))
+        hint = f"; {others} is another format: load it in transformers and save_pretrained" if others else ""
+        raise ValueError(f"{folder}: expected {WEIGHTS}, or several and {INDEX}, found neither{hint}")
+    arrays: dict[str, Any] = {}
+    for file in sorted(files):
+        if found := impostor(folder / file):
+            raise ValueError(f"{folder / file}: expected a safetensors file, got {found}")
+        arrays |= load_weights(folder / file)
+    return arrays, read_metadata(folder / min(files))
+
+
+def shards(index: Path) -> set[str]:
+    """Return the names of the files that an index lists, which lie beside it."""
+    from config import read_json
+
+    weight_map = read_json(index, largest_bytes=LARGEST_INDEX_BYTES).get("weight_map")
+    files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise ValueError(f"{index}: expected a weight_map of names to files beside it")
+    return files
+
+
+def check_vocabulary(path: Path) -> None:
+    """Raise ValueError unless a vocab.json is GPT-2's."""
+    import tokenizer
+
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if theirs != json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8")):
+        raise ValueError(f"{path}: not GPT-2's vocabulary, the only one that we have; text would become other tokens")
+
+
+def export_folder(source: Path, target: Path, which: str | None) -> int:
+    """Write a folder that `transformers` loads: weights, configs, tokeniser, and a model card."""
+    from flax import nnx
+
+    import gpt2_weights
+    import tokenizer
+    from saved_model import load_saved_model
+    from weights import host_arrays, save_weights
+
+    path = find_checkpoint(source, which)
+    model = load_saved_model(path)
+    config, is_text = model.config, model.config.vocab_size == tokenizer.VOCAB_SIZE
+    try:
+        described = gpt2_weights.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    arrays = gpt2_weights.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
+    with appearing(target) as staging:
+        save_weights(staging / WEIGHTS, arrays, config.model_dump_json(), format="pt")
+        write_json(staging / CONFIG, described)
+        if is_text:
+            write_tokenizer(staging, config.context_length)
+        parameters = sum(array.size for array in arrays.values())
+        (staging / "README.md").write_text(model_card(target.name, path, config, parameters), encoding="utf-8")
+    print(f"{target}: {parameters:,} parameters of {path}")
+    if is_text:
+        print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
+    return command_line.DONE
+
+
+def find_checkpoint(source: Path, which: str | None) -> Path:
+    """Return the weights file of a run's checkpoint, `which` or the best, or what `find_weights` takes else."""
+    from saved_model import find_weights
+
+    if which is None:
+        return find_weights(source)
+    folder = RunDirectory(source).checkpoints
+    if not (folder / which / WEIGHTS).is_file():
+        names = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))) or "none"
+        raise ValueError(f"{source}: no checkpoint {which!r}; there are: {names}")
+    return folder / which / WEIGHTS
+
+
+def write_tokenizer(folder: Path, context_length: int) -> None:
+    """Write GPT-2's vocabulary, and what generation and tokenising in `transformers` want to know."""
+    import tokenizer
+
+    for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
+        shutil.copyfile(file, folder / name)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
+    write_json(folder / "generation_config.json", ids)
+    texts = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": context_length}
+    write_json(folder / "tokenizer_config.json", options | texts)
+
+
+def model_card(name: str, weights: Path, config: "ModelConfig", parameters: int) -> str:
+    """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
+    lines += [
+        f"A GPT-2 of {parameters:,} parameters: {config.n_layers} layers, {config.n_heads} heads, width "
+        f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
+        f"{'tied' if config.tied_head else 'untied'} head. Trained with outside-in, in JAX, and exported from "
+        f"`{weights.parent.name}`.",
+        "",
+    ]
+    if (weights.parent / "meta.json").is_file():
+        from config import read_json
+
+        meta = read_json(weights.parent / "meta.json")
+        train = meta.get("train_config", {})
+        figures = {
+            "dataset": train.get("dataset"),
+            "global steps": meta.get("global_step"),
+            "tokens seen": meta.get("tokens_seen"),
+            "training loss, mean of the last period": meta.get("avg_train_loss"),
+            "validation loss": meta.get("val_loss"),
+            "peak learning rate": train.get("learning_rate"),
+            "weight decay": train.get("weight_decay"),
+            "dropout": train.get("drop_rate"),
+            "precision": train.get("precision"),
+            "seed": train.get("seed"),
+            "hours": round(meta["seconds_trained"] / 3600, 2) if "seconds_trained" in meta else None,
+            "device": meta.get("versions", {}).get("device"),
+        }
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
+        lines += [""]
+    call = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
+    return "\n".join([*lines, "```python", "from transformers import AutoModelForCausalLM", "", call, "```", ""])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser(
+        "Import a GPT-2 from Hugging Face as a run, or export a run as a folder that transformers loads."
+    )
+    parser.add_argument("action", choices=("import", "export"))
+    parser.add_argument(
+        "source",
+        help="import: a folder with config.json and model.safetensors, or a model of the Hub, such as "
+        "openai-community/gpt2; export: a run, a checkpoint, or a model.safetensors",
+    )
+    parser.add_argument("target", type=Path, help="the folder to make: of a run (import), of a model (export)")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="of a run to export: best (unless said), latest, or a name"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())

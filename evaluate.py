@@ -1,0 +1,216 @@
+"""How good is a model, or several, on the same held-out tokens? `uv run evaluate.py RUN_OR_CHECKPOINT…`."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import command_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from model import GPTModel
+    from multiple_choice import Question
+
+BLOCK = 1024  # tokens that count as one measurement, since neighbours are alike
+TOKENS_PER_BATCH = 8192
+COLUMNS = {  # of the table: what is None in all rows is left out
+    "model": "",
+    "parameters": ",",
+    "loss": ".4f",
+    "± loss": ".4f",
+    "less the first's": "+.4f",
+    "± difference": ".4f",
+    "perplexity": ",.2f",
+    "bits per byte": ".4f",
+    "HellaSwag": ".2%",
+    "± HellaSwag": ".2%",
+    "not normalized": ".2%",
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    check(args)
+    from mesh import describe_devices  # these take seconds: not for a typing error
+    from multiple_choice import read_questions
+    from saved_model import find_weights, load_saved_model
+
+    files = [find_weights(path) for path in args.models]
+    questions = read_questions(args.hellaswag) if args.hellaswag else None
+    subject, tokens = None, None
+    if args.dataset or not questions:
+        subject, tokens = read_tokens(args, files)
+    command_line.say(describe_devices())
+    rows: list[dict[str, Any]] = []
+    first = None
+    for path, file in zip(args.models, files, strict=True):
+        model = load_saved_model(file)
+        rows.append({"model": str(path), "weights": str(file), "parameters": parameters(model)})
+        if tokens is not None:
+            losses = losses_of(model, tokens, args)
+            rows[-1] |= summary(losses, first, count_bytes(model, tokens))
+            first = losses if first is None else first
+        if questions:
+            rows[-1] |= hellaswag(model, questions)
+    if subject:
+        print("{dataset}, {split}: {tokens:,} tokens from {start_token:,} on".format(**subject), end="\n\n")
+    print(*table(rows), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps({"judged_on": subject, "models": rows}, indent=2) + "\n")
+    return command_line.DONE
+
+
+def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, Any], "np.ndarray"]:
+    """Load the tokens that all models are judged on; also return which they are."""
+    import numpy as np
+
+    from config import ModelConfig, parse_config
+    from data import count_tokens, load_tokens
+    from dataset_sources import dataset_folder
+    from weights import read_model_json
+
+    vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
+    dataset = args.dataset or dataset_of(args.models[0])
+    path = dataset_folder(dataset) / f"{args.split}.safetensors"
+    wanted = count_tokens(path) - args.start_token if args.tokens is None else args.tokens + 1
+    if wanted < 2:
+        raise ValueError(f"{path}: expected tokens after --start-token {args.start_token:,}; it has fewer")
+    tokens = np.asarray(load_tokens(path, vocab_size, args.start_token, wanted))
+    subject = {"dataset": dataset, "split": args.split, "start_token": args.start_token, "tokens": len(tokens) - 1}
+    return subject | {"stride": args.stride}, tokens
+
+
+def dataset_of(path: Path) -> str:
+    """Name the dataset of the run that a path belongs to."""
+    from config import TrainConfig, load_config
+    from run_directory import RunDirectory
+
+    for folder in (path, *path.absolute().parents[:3]):
+        if (file := RunDirectory(folder).train_config).is_file():
+            config = load_config(file, TrainConfig)
+            if config.objective != "next-token":
+                raise ValueError(f"{file}: trained {config.objective}, not to predict; name other tokens by --dataset")
+            return config.dataset
+    raise ValueError(f"{path}: is in no run, whose dataset would be taken; name one by --dataset")
+
+
+def parameters(model: "GPTModel") -> int:
+    from model import count_parameters
+
+    return count_parameters(model.config)
+
+
+def losses_of(model: "GPTModel", tokens: "np.ndarray", args: argparse.Namespace) -> "np.ndarray":
+    """Return the loss of every token but the first, (tokens,), float32."""
+    import numpy as np
+
+    from evaluation import windowed_losses
+
+    length = model.config.context_length
+    if args.stride and args.stride > length:
+        raise ValueError(f"--stride: expected at most the context, {length:,} tokens, got {args.stride:,}")
+    windows = args.batch or max(1, TOKENS_PER_BATCH // length)
+    parts = []
+    with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        for part in windowed_losses(model, tokens, stride=args.stride, windows_per_batch=windows):
+            parts.append(part)
+            bar.update(len(part))
+    return np.concatenate(parts)
+
+
+def count_bytes(model: "GPTModel", tokens: "np.ndarray") -> int:
+    """Count the bytes of the text to predict; 0 when the model's tokens are not GPT-2's."""
+    import tokenizer
+
+    return tokenizer.count_bytes(tokens[1:]) if model.config.vocab_size >= tokenizer.VOCAB_SIZE else 0
+
+
+def summary(losses: "np.ndarray", first: "np.ndarray | None", num_bytes: int) -> dict[str, float | None]:
+    """Return mean loss, perplexity and bits per byte, with what they may be off by, and against the first model's."""
+    import numpy as np
+
+    from evaluation import standard_error
+    from metrics import finite
+
+    loss, row = losses.mean(dtype=np.float64).item(), {}
+    if first is not None:
+        difference = losses - first
+        row["less the first's"] = finite(difference.mean(dtype=np.float64).item())
+        row["± difference"] = standard_error(difference, BLOCK)
+    return row | {
+        "loss": finite(loss),
+        "± loss": standard_error(losses, BLOCK),
+        "perplexity": finite(math.exp(min(loss, 700))),
+        "bits per byte": finite(losses.sum(dtype=np.float64).item() / math.log(2) / num_bytes) if num_bytes else None,
+    }
+
+
+def hellaswag(model: "GPTModel", questions: list["Question"]) -> dict[str, float | int | None]:
+    """Return how many questions a model answers as it should."""
+    import numpy as np
+
+    import tokenizer
+    from multiple_choice import answer
+
+    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
+        raise ValueError(f"--hellaswag: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+    right = np.zeros(2, int)
+    with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
+        for number, per_token, whole in answer(model, questions):
+            right += np.array([per_token.argmin(), whole.argmin()]) == questions[number].label
+            bar.update()
+    share, unnormalized = (right / len(questions)).tolist()
+    error = (share * (1 - share) / (len(questions) - 1)) ** 0.5 if len(questions) > 1 else None
+    named = {"HellaSwag": share, "± HellaSwag": error, "not normalized": unnormalized}
+    return named | {"questions": len(questions)}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of what is known."""
+    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    heads = ["±" if name.startswith("±") else name for name in columns]
+    lines = [heads, ["---", *["---:"] * (len(columns) - 1)]]
+    for row in rows:
+        values = [(row.get(name), COLUMNS[name]) for name in columns]
+        lines.append(["–" if value is None else format(value, form) for value, form in values])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that make no sense."""
+    for option, least in (("start_token", 0), ("tokens", 1), ("stride", 1), ("batch", 1)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise ValueError(f"--{option.replace('_', '-')}: expected a number of at least {least}, got {value}")
+
+
+def make_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser("Loss, perplexity and bits per byte of models on the same held-out tokens.")
+    parser.add_argument(
+        "models", nargs="+", type=Path, metavar="MODEL", help="a run (its best checkpoint), a checkpoint, or a file"
+    )
+    parser.add_argument("--dataset", help="a folder, built-in name or Hub dataset (that of the first model's run)")
+    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument("--start-token", type=int, default=0, help="where in the file to begin (0)")
+    parser.add_argument("--tokens", type=int, help="how many to predict (all)")
+    parser.add_argument(
+        "--stride", type=int, help="begin a window every so many tokens, and count only what the last has not seen"
+    )
+    parser.add_argument("--batch", type=int, help=f"windows at a time (as many as have {TOKENS_PER_BATCH:,} tokens)")
+    parser.add_argument(
+        "--hellaswag",
+        nargs="?",
+        const="Rowan/hellaswag",
+        metavar="FILE",
+        help="also, or without --dataset only, answer HellaSwag's questions: a .jsonl, or those of the Hub",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, make_parser())
