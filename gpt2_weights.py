@@ -68,7 +68,7 @@ def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
     config = parse_config(json.dumps(shape), ModelConfig, source)
     options = COMPUTED | {"n_inner": (None, 4 * config.emb_dim)}
     complaints = [
-        f"{option}={theirs[option]!r}, expected {' or '.join(map(repr, values))}"
+        f"{option}={json.dumps(theirs[option])}, expected {' or '.join(map(json.dumps, values))}"
         for option, values in options.items()
         if theirs.get(option, values[0]) not in values
     ]

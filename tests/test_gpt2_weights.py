@@ -102,11 +102,11 @@ def test_a_line_shows_but_the_first_of_many_mismatches():
     [
         ({"model_type": "llama"}, "got 'llama'; only GPT-2's can be imported"),
         ({"model_type": None}, "['GPT2LMHeadModel']"),
-        ({"activation_function": "gelu"}, "activation_function='gelu', expected 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ({"activation_function": "gelu"}, 'activation_function="gelu", expected "gelu_new" or "gelu_pytorch_tanh"'),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, expected 1e-05"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=False, expected True"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, expected False"),
-        ({"add_cross_attention": True}, "add_cross_attention=True, expected False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=false, expected true"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true, expected false"),
+        ({"add_cross_attention": True}, "add_cross_attention=true, expected false"),
         ({"n_inner": 100}, "n_inner=100, expected null or 64"),
         ({"n_embd": None}, "emb_dim: expected a valid integer, got null"),
         ({"n_embd": "16"}, "emb_dim: expected a valid integer, got"),
@@ -125,7 +125,7 @@ def test_a_config_that_is_not_ours_to_compute_is_one_line(changes, complaint):
 
 
 def test_several_options_are_told_at_once():
-    with pytest.raises(ValueError, match=r"activation_function='relu', .*; add_cross_attention=True, expected False"):
+    with pytest.raises(ValueError, match=r'activation_function="relu", .*; add_cross_attention=true, expected false'):
         import_config(THEIRS | {"activation_function": "relu", "add_cross_attention": True}, "config.json")
 
 

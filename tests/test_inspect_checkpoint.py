@@ -56,7 +56,7 @@ def test_what_is_not_finite_is_counted_not_refused(inspect, tmp_path):
 def test_bad_input_is_one_line(inspect, run, tmp_path):
     assert "expected one path or two" in complaint(inspect(run, run, run))
     assert "found nothing" in complaint(inspect(tmp_path / "nowhere"))
-    assert "expected a checkpoint, a run that has one" in complaint(inspect(tmp_path))
+    assert "a checkpoint, or a run that has one, found a folder" in complaint(inspect(tmp_path))
     (tmp_path / "text").write_text("hello")
     assert "not a readable safetensors file" in complaint(inspect(tmp_path / "text"))
     file = find_checkpoints(run / "checkpoints")[-1].path / MODEL_FILE
