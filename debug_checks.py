@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data import Batch
+from dropout import Dropout
 from model import GPTModel
-from steps import model_loss, rngs_of
+from steps import dropout_of, model_loss
 from weights import named_arrays
 
 PLACE = re.compile(r"«(.*)»")
@@ -61,18 +62,18 @@ def _check_microbatch(
     global_step: jax.Array,
     number: jax.Array,
 ) -> None:
-    def rngs() -> nnx.Rngs:
-        return rngs_of(seed_key, global_step, number)
+    def dropout() -> Dropout:
+        return dropout_of(seed_key, global_step, number * len(inputs_BT), len(inputs_BT))
 
     for name, array in named_arrays(params).items():
         _check(array, f"parameter {name}")
     model = nnx.merge(graph, params)
     hidden_BTD = None
-    for stage, hidden_BTD in model.stages(model.embed(inputs_BT), rngs()):
+    for stage, hidden_BTD in model.stages(model.embed(inputs_BT), dropout()):
         _check(hidden_BTD, f"hidden states after {stage}")
     _check(jax.lax.map(lambda hidden_TD: _extremes(model.unembed(hidden_TD)), hidden_BTD), "logits")
     loss, grads = jax.value_and_grad(
-        lambda params: model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, rngs())
+        lambda params: model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, dropout())
     )(params)
     _check(loss, "the loss")
     for name, array in named_arrays(grads).items():

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from attention import causal_attention, causal_weights
 from config import ModelConfig
+from dropout import Dropout
 from layer_norm import LayerNorm
 
 INIT_STD = 0.02
@@ -52,17 +53,17 @@ class CausalSelfAttention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.dropout = nnx.Dropout(drop_rate)
+        self.drop_rate = drop_rate
 
-    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None, attend: Attend = causal_attention) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention) -> jax.Array:
         batch, length, width = x_BTD.shape
         heads = (batch, length, self.n_heads, width // self.n_heads)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
-        if dropout_rngs is None or self.dropout.rate == 0:
+        if dropout is None or self.drop_rate == 0:
             mixed_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
         else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
             weights_BNTT = causal_weights(q_BTNH, k_BTNH)
-            weights_BNTT = self.dropout(weights_BNTT, rngs=dropout_rngs).astype(v_BTNH.dtype)
+            weights_BNTT = dropout(weights_BNTT, self.drop_rate).astype(v_BTNH.dtype)
             mixed_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
         return self.output(mixed_BTNH.reshape(x_BTD.shape))
 
@@ -109,19 +110,19 @@ class Block(nnx.Module):
         self.attention = CausalSelfAttention(config, drop_rate, dtype, rngs)
         self.feed_forward_norm = LayerNorm(config.emb_dim, rngs) if config.pre_norm and config.feed_forward else None
         self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
-        self.dropout = nnx.Dropout(drop_rate)
+        self.drop_rate = drop_rate
 
-    def __call__(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None, attend: Attend = causal_attention) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention) -> jax.Array:
         normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout_rngs, attend), dropout_rngs)
+        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout, attend), dropout)
         if self.feed_forward is not None:
             normed_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
-            x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout_rngs)
+            x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout)
         return x_BTD
 
-    def _add(self, x_BTD: jax.Array, change_BTD: jax.Array, dropout_rngs: nnx.Rngs | None) -> jax.Array:
+    def _add(self, x_BTD: jax.Array, change_BTD: jax.Array, dropout: Dropout | None) -> jax.Array:
         chex.assert_equal_shape((x_BTD, change_BTD), custom_message="what a layer adds, against what it adds it to")
-        change_BTD = self.dropout(change_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
+        change_BTD = change_BTD if dropout is None else dropout(change_BTD, self.drop_rate)
         return x_BTD + change_BTD if self.shortcut else change_BTD.astype(x_BTD.dtype)
 
 
@@ -147,23 +148,23 @@ class GPTModel(nnx.Module):
             if config.position_embedding
             else None
         )
-        self.dropout = nnx.Dropout(drop_rate)
+        self.drop_rate = drop_rate
         self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
         self.output_norm = LayerNorm(config.emb_dim, rngs) if config.output_norm else None
         self.head = (
             None if config.tied_head else nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         )
 
-    def __call__(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Return logits (B, T, V) for token ids (B, T) of any integer type, T at most `context_length`.
 
-        Dropout is active when `dropout_rngs` are given.
+        Dropout is active when `dropout` is given.
         """
-        return self.unembed(self.hidden_states(tokens_BT, dropout_rngs))
+        return self.unembed(self.hidden_states(tokens_BT, dropout))
 
-    def hidden_states(self, tokens_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
+    def hidden_states(self, tokens_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Return what the head reads, (B, T, D), float32."""
-        return self.transform(self.embed(tokens_BT), dropout_rngs)
+        return self.transform(self.embed(tokens_BT), dropout)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the rows of the token embedding, (B, T, D), float32."""
@@ -171,15 +172,15 @@ class GPTModel(nnx.Module):
         chex.assert_type(tokens_BT, int, custom_message="token ids")
         return self.token_embedding(tokens_BT.astype(jnp.int32))
 
-    def transform(self, x_BTD: jax.Array, dropout_rngs: nnx.Rngs | None = None, **cached: Any) -> jax.Array:
+    def transform(self, x_BTD: jax.Array, dropout: Dropout | None = None, **cached: Any) -> jax.Array:
         """Return the hidden states after the last stage, (B, T, D), float32, for embedded tokens; see `stages`."""
-        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout_rngs, **cached)
+        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout, **cached)
         return hidden_BTD
 
     def stages(
         self,
         x_BTD: jax.Array,
-        dropout_rngs: nnx.Rngs | None = None,
+        dropout: Dropout | None = None,
         *,
         first_position: int | jax.Array = 0,
         attends: Sequence[Attend] | None = None,
@@ -192,10 +193,10 @@ class GPTModel(nnx.Module):
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(first_position + jnp.arange(length))[None]
-        x_BTD = self.dropout(x_BTD, deterministic=dropout_rngs is None, rngs=dropout_rngs)
+        x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, dropout_rngs, attends[number] if attends else causal_attention)
+            x_BTD = block(x_BTD, dropout, attends[number] if attends else causal_attention)
             chex.assert_type(x_BTD, jnp.float32, custom_message=f"the residual stream after block {number}")
             yield f"block {number}", x_BTD
         if self.output_norm is not None:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from config import TrainConfig
 from data import Batch
+from dropout import Dropout
 from loss import add_head_gradient, fused_cross_entropy, prepare_head
 from mesh import give_back_freed_memory
 from model import GPTModel, compute_copy
@@ -87,17 +88,19 @@ def steps_ahead() -> int:
 
 
 def model_loss(
-    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout_rngs: nnx.Rngs | None = None
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None
 ) -> jax.Array:
     """Return the mean loss of a microbatch, a scalar."""
     head_VD = model.unembedding.embedding[...]
-    hidden_BTD = model.hidden_states(inputs_BT, dropout_rngs)
+    hidden_BTD = model.hidden_states(inputs_BT, dropout)
     return fused_cross_entropy(hidden_BTD, head_VD, targets_BT, prepare_head(head_VD, model.dtype))
 
 
-def rngs_of(seed_key: jax.Array, global_step: jax.Array, microbatch: jax.Array) -> nnx.Rngs:
-    """Dropout masks are a function of the seed, the global step (from 0) and its microbatch alone."""
-    return nnx.Rngs(dropout=jax.random.fold_in(jax.random.fold_in(seed_key, global_step), microbatch))
+def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.Array, sequences: int) -> Dropout:
+    """Dropout masks are a function of the seed, the global step (from 0) and the number of the sequence in it alone."""
+    step_key = jax.random.fold_in(seed_key, global_step)
+    numbers_B = first_sequence + jnp.arange(sequences, dtype=jnp.uint32)
+    return Dropout(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, numbers_B))
 
 
 def mean_gradient(
@@ -110,7 +113,7 @@ def mean_gradient(
     """
     graph, params = nnx.split(model)
     global_step, first = batch.position
-    count = batch.inputs.shape[0]
+    count, sequences, _ = batch.inputs.shape
     prepared_PD = prepare_head(model.unembedding.embedding[...], model.dtype)
     cast = compute_copy(params, model.dtype)
 
@@ -118,7 +121,8 @@ def mean_gradient(
         inputs_BT, targets_BT, number = microbatch
 
         def hidden_states(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
-            return nnx.merge(graph, params).transform(x_BTD, rngs_of(seed_key, global_step, number))
+            dropout = dropout_of(seed_key, global_step, number * sequences, sequences)
+            return nnx.merge(graph, params).transform(x_BTD, dropout)
 
         hidden_BTD, pull_back = jax.vjp(hidden_states, cast, model.embed(inputs_BT))
         totals = nnx.merge(graph, total)

@@ -22,9 +22,10 @@ import command_line
 import metrics
 from checkpointing import find_checkpoints, verify
 from config import ModelConfig, TrainConfig
+from dropout import Dropout
 from model import GPTModel
 
-jax.config.update("jax_num_cpu_devices", 8)  # one is used; code that takes them all would show
+jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # One compilation cache for this session and the programs that it starts: tests compile the same few things.
@@ -88,9 +89,9 @@ def tiny_model(seed=0, *, drop_rate=0.0, dtype="float32", **changes):
 
 
 @nnx.jit
-def logits(model, tokens, dropout_rngs=None):
+def logits(model, tokens, dropout_keys=None):
     """Call a model compiled: op by op, every operation would be compiled on its own."""
-    return model(tokens, dropout_rngs)
+    return model(tokens, None if dropout_keys is None else Dropout(dropout_keys))
 
 
 def random_tokens(count, seed=0):

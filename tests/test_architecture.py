@@ -8,7 +8,7 @@ from conftest import ROOT
 FLOORS = [
     set(names.split())
     for names in (
-        "attention command_line compilation_cache config documents durable interruption layer_norm metrics "
+        "attention command_line compilation_cache config documents dropout durable interruption layer_norm metrics "
         "run_directory seen_documents stopwatch tensor_files tokenizer",
         "batches builtin_data charts data data_description drift flops loss manifest mesh model "
         "optimizer samples token_writer weights",

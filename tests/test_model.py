@@ -6,9 +6,11 @@ from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_mod
 from flax import nnx
 
 from config import ModelConfig
+from dropout import Dropout
 from model import GPTModel, count_parameters, gelu_product
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
+KEYS = jax.random.split(jax.random.key(1), 2)
 SHELL = {"n_layers": 0, "position_embedding": False, "output_norm": False}
 
 
@@ -146,12 +148,29 @@ def test_dropout_is_off_unless_asked_for():
     model = tiny_model(drop_rate=0.5)
     tokens = tokens_BT()
     np.testing.assert_array_equal(logits(model, tokens), logits(tiny_model(), tokens))
-    assert np.abs(logits(model, tokens, nnx.Rngs(dropout=1)) - logits(model, tokens)).max() > 0.01
+    assert np.abs(logits(model, tokens, KEYS) - logits(model, tokens)).max() > 0.01
 
 
-def test_dropout_is_a_function_of_its_key():
+def test_a_sequence_has_its_masks_whatever_it_comes_with():
+    model, tokens = tiny_model(drop_rate=0.5, n_layers=2), tokens_BT()
+    both = logits(model, tokens, KEYS)
+    for number in (0, 1):
+        alone = logits(model, tokens[number : number + 1], KEYS[number : number + 1])
+        np.testing.assert_allclose(alone[0], both[number], rtol=1e-4, atol=1e-5)
+    assert np.abs(logits(model, tokens, KEYS[::-1]) - both).max() > 0.01
+
+
+def test_every_use_of_dropout_draws_other_masks():
+    dropout, x = Dropout(KEYS), jnp.ones((2, 50))
+    first, second = dropout(x, 0.5), dropout(x, 0.5)
+    assert (first != second).any() and (first[0] != first[1]).any()
+    np.testing.assert_array_equal(Dropout(KEYS)(x, 0.5), first)
+    assert set(np.unique(first)) == {0.0, 2.0}
+
+
+def test_dropout_is_a_function_of_its_keys():
     model, tokens = tiny_model(drop_rate=0.5), tokens_BT()
-    first, again, other = (logits(model, tokens, nnx.Rngs(dropout=seed)) for seed in (1, 1, 2))
+    first, again, other = (logits(model, tokens, jax.random.split(jax.random.key(seed), 2)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
 
@@ -162,7 +181,8 @@ def test_dropout_keeps_the_mean_of_the_hidden_states():
     graph, state = nnx.split(model)
 
     def dropped(seed):
-        return nnx.merge(graph, state).hidden_states(tokens, nnx.Rngs(dropout=jax.random.key(seed)))
+        keys_B = jax.random.split(jax.random.key(seed), len(tokens))
+        return nnx.merge(graph, state).hidden_states(tokens, Dropout(keys_B))
 
     samples = jax.jit(jax.vmap(dropped))(jnp.arange(4000))
     np.testing.assert_allclose(samples.mean(0), model.hidden_states(tokens), atol=4 * 0.06 * np.sqrt(1 / 3 / 4000))

@@ -1,0 +1,24 @@
+"""Dropout whose masks belong to sequences: they are the same however the sequences of a global step are divided.
+
+Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+class Dropout:
+    """The masks of one forward pass, from a key for each of its sequences; every use draws new ones."""
+
+    def __init__(self, keys_B: jax.Array) -> None:
+        self._keys_B = keys_B
+        self._uses = 0
+
+    def __call__(self, x: jax.Array, rate: float) -> jax.Array:
+        """Drop a share `rate` of the numbers of (B, …), and scale the others so that the mean stays."""
+        if rate == 0:
+            return x
+        self._uses += 1
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self._keys_B, self._uses)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+        return jnp.where(kept, x / (1 - rate), 0)
