@@ -13,7 +13,7 @@ from typing import Any
 import metrics
 from charts import X_LABELS, Curve, draw_comparison
 from checkpointing import find_checkpoints
-from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from config import ModelConfig, TrainConfig, load_config
 from model import count_parameters
 from run_directory import RunDirectory
 
@@ -49,7 +49,8 @@ class Trained:
     @property
     def tokens_per_second(self) -> float:
         seconds = statistics.median(record["seconds"] for record in self.records)
-        return tokens_per_global_step(self.model_config, self.config) / max(seconds, 1e-9)
+        last = self.records[-1]
+        return last["tokens_seen"] / last["global_step"] / max(seconds, 1e-9)
 
     @property
     def seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -87,15 +88,15 @@ class ModelConfig(Config):
 
 
 class MeshConfig(Config):
-    """How many devices share the batch (`data`) and the parameters (`fsdp`); -1 takes the rest."""
+    """The axes of the mesh of devices: sequences are spread over both, parameters over `fsdp`; -1 takes the rest."""
 
-    data: int = key("announced", -1, ge=-1, le=1)
-    fsdp: int = key("announced", 1, ge=1, le=1)
+    data: int = key("free", -1, ge=-1)
+    fsdp: int = key("free", 1, ge=1)
 
     @model_validator(mode="after")
-    def one_device(self) -> Self:
+    def some_devices(self) -> Self:
         if self.data == 0:
-            raise ValueError("data=0: expected -1 (all that are left) or 1")
+            raise ValueError("data=0: expected -1 (all that are left) or a number of devices")
         return self
 
 
@@ -130,7 +131,7 @@ class TrainConfig(Config):
     keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
     max_consecutive_rejections: int = key("free", 10, ge=1)
     sample_prompt: str = key("free", "Every effort moves you", min_length=1)
-    mesh: MeshConfig = key("announced", MeshConfig())
+    mesh: MeshConfig = key("free", MeshConfig())
 
     @model_validator(mode="after")
     def sizes_fit_together(self) -> Self:
@@ -151,18 +152,42 @@ class TrainConfig(Config):
         return self.gradient_accumulation_steps // (self.microbatches_per_call or self.gradient_accumulation_steps)
 
 
-def tokens_per_global_step(model: ModelConfig, train: TrainConfig) -> int:
+def tokens_per_global_step(model: ModelConfig, train: TrainConfig, devices: int = 1) -> int:
     """Count the training tokens of one global step, all devices."""
-    return train.gradient_accumulation_steps * train.microbatch_size * model.context_length
+    return train.gradient_accumulation_steps * train.microbatch_size * devices * model.context_length
 
 
-def steps_per_epoch(model: ModelConfig, train: TrainConfig, available_tokens: int | None = None) -> int | None:
+def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) -> TrainConfig:
+    """Return the config with as many microbatches as make `sequences` a global step on so many devices.
+
+    Raises ValueError, with what would work, when none do.
+    """
+    size = train.microbatch_size * devices
+    if sequences % size:
+        fitting = [number for number in range(1, sequences + 1) if sequences % number == 0]
+        sizes = ", ".join(str(number // devices) for number in fitting if number % devices == 0)
+        counts = ", ".join(
+            str(number // train.microbatch_size) for number in fitting if number % train.microbatch_size == 0
+        )
+        raise ValueError(
+            f"a global step of this run has {sequences} sequences, which microbatches of {train.microbatch_size} on "
+            f"{devices} device(s) do not divide; use a number of devices (mesh) of {counts or 'no kind'}"
+            + (f", or start a new run with microbatch_size {sizes}" if sizes else "")
+        )
+    steps = sequences // size
+    per_call = train.microbatches_per_call and math.gcd(train.microbatches_per_call, steps)
+    return train.model_copy(update={"gradient_accumulation_steps": steps, "microbatches_per_call": per_call})
+
+
+def steps_per_epoch(
+    model: ModelConfig, train: TrainConfig, available_tokens: int | None = None, devices: int = 1
+) -> int | None:
     """Count the global steps of one epoch: `min_train_tokens` rounded up to whole global steps.
 
     `available_tokens` (from `start_train_token` to the end of the data) is needed for `min_train_tokens` -1 only;
     one token of it is the last target. Returns None when it is needed and not given.
     """
-    tokens_per_step = tokens_per_global_step(model, train)
+    tokens_per_step = tokens_per_global_step(model, train, devices)
     if train.min_train_tokens != -1:
         return -(-train.min_train_tokens // tokens_per_step)
     return None if available_tokens is None else max(0, available_tokens - 1) // tokens_per_step

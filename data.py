@@ -128,16 +128,16 @@ def _sequence_order(seed: int, epoch: int, num_sequences: int) -> np.ndarray:
 
 
 def open_streams(
-    folder: Path, model: ModelConfig, train: TrainConfig, steps_per_epoch: int
+    folder: Path, model: ModelConfig, train: TrainConfig, steps_per_epoch: int, devices: int = 1
 ) -> tuple[TokenStream, TokenStream | None]:
     """Load what a run trains on, and what it validates on (None where there is no validation file or no wish).
 
     Validation takes at most `val_tokens`, in whole batches of `microbatch_size` sequences.
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
-    count = steps_per_epoch * tokens_per_global_step(model, train) + 1
+    count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
     tokens = load_tokens(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
-    shape = (train.gradient_accumulation_steps, train.microbatch_size, model.context_length)
+    shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
     train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle)
     path = folder / "validation.safetensors"
     if train.val_tokens == 0 or not path.exists():
@@ -151,7 +151,9 @@ def open_streams(
             f"{train.val_tokens:,} of {max(0, available):,} from start_val_token on; change them (0: no validation)"
         )
     tokens = load_tokens(path, model.vocab_size, train.start_val_token, batches * per_batch + 1)
-    return train_stream, TokenStream(tokens, (1, *shape[1:]), train.objective, train.seed, shuffle=False)
+    return train_stream, TokenStream(
+        tokens, (1, train.microbatch_size, shape[-1]), train.objective, train.seed, shuffle=False
+    )
 
 
 def fingerprint(tokens: jax.Array) -> str:

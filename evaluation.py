@@ -1,38 +1,64 @@
 """Losses of held-out tokens: their mean while a run trains, and each on its own when models are judged."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data import TokenStream
 from loss import fused_losses
+from mesh import AXES, one_device
 from model import GPTModel
 from steps import Compiled, compile_eval_step, eval_step
 
 
-def compile_for(model: GPTModel, stream: TokenStream) -> Compiled:
+def compile_for(model: GPTModel, stream: TokenStream, mesh: Mesh) -> Compiled:
     """Compile the evaluation step for the batches of a stream, for those who average the loss again and again."""
-    inputs_KBT, targets_KBT = jax.device_put(stream.batch(0))
-    return compile_eval_step(model, inputs_KBT[0], targets_KBT[0])
+    return compile_eval_step(model, *_batch(stream, 0, mesh)[0], mesh)
 
 
 def mean_loss(
     model: GPTModel,
     stream: TokenStream,
     stop: Callable[[], bool] = lambda: False,
-    step: Callable[..., jax.Array] = eval_step,
+    step: Callable[..., jax.Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> float | None:
-    """Average the loss over every whole batch of a token stream, in nats per token; None when `stop` became true."""
-    losses: list[jax.Array] = []
-    for number in range(stream.num_steps):
+    """Average the loss over every whole batch of a token stream, in nats per token; None when `stop` became true.
+
+    A batch of the stream is that of one device; `step` is what `compile_for` has compiled.
+    """
+    mesh = mesh or one_device()
+    step = step or partial(eval_step, mesh=mesh)
+    losses, counts = [], []
+    for number in range(0, stream.num_steps, mesh.devices.size):
         jax.block_until_ready(losses[:-1])  # not far ahead of the device, so that a stop is heard
         if stop():
             return None
-        inputs_KBT, targets_KBT = jax.device_put(stream.batch(number))
-        losses += [step(model, inputs_BT, targets_BT) for inputs_BT, targets_BT in zip(inputs_KBT, targets_KBT)]
-    return float(np.mean(jax.device_get(losses), dtype=np.float64))
+        batch, count = _batch(stream, number, mesh)
+        losses.append(step(model, *batch))
+        counts.append(count)
+    known = [of_batch[:count] for of_batch, count in zip(jax.device_get(losses), counts)]
+    return float(np.concatenate(known).mean(dtype=np.float64))
+
+
+def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array, jax.Array], int]:
+    """Put a batch for each device in its place, the stream's from `first` on; also say how many sequences there are.
+
+    Where the stream has ended, zeros follow.
+    """
+    devices = mesh.devices.size
+    batches = [stream.batch(number) for number in range(first, min(first + devices, stream.num_steps))]
+    inputs_MT, targets_MT = (
+        np.concatenate([part.reshape(-1, part.shape[-1]) for part in side]) for side in zip(*batches)
+    )
+    padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    placed = jax.device_put((np.pad(inputs_MT, padding), np.pad(targets_MT, padding)), sharding)
+    return placed, len(inputs_MT)
 
 
 @nnx.jit

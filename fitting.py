@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from command_line import is_out_of_device_memory
 from config import MEMORY_BYTES, ModelConfig, TrainConfig
 from data import Batch
+from mesh import array_shardings, make_mesh
 from model import GPTModel
 from optimizer import make_optimizer
 from preflight import GIB
@@ -106,14 +108,23 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
         model = GPTModel(model_config, nnx.Rngs(0), drop_rate=config.drop_rate, dtype=jnp.dtype(config.precision))
         return model, make_optimizer(model, config, total_steps=1)
 
+    mesh = make_mesh(config.mesh)
     model, optimizer = nnx.eval_shape(build)
+    for module in (model, optimizer):
+        state = nnx.state(module)
+        nnx.update(module, jax.tree.map(_abstract, state, array_shardings(state, mesh)))
     per_call = config.gradient_accumulation_steps // config.calls_per_step
-    tokens = jax.ShapeDtypeStruct((per_call, config.microbatch_size, model_config.context_length), np.uint16)
+    sequences = config.microbatch_size * mesh.devices.size
+    tokens = jax.ShapeDtypeStruct((per_call, sequences, model_config.context_length), np.uint16)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        return compile_train_step(model, optimizer, batch, key, config).bytes_needed
+        return compile_train_step(model, optimizer, batch, key, config, mesh).bytes_needed
     except Exception as error:
         if is_out_of_device_memory(error):
             return math.inf
         raise
+
+
+def _abstract(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

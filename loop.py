@@ -13,13 +13,21 @@ import fitting
 import preflight
 from attention import describe_attention
 from command_line import say
-from config import ModelConfig, TrainConfig
+from config import ModelConfig, TrainConfig, with_sequences_per_step
 from flops import describe_peak, mfu
 from interruption import StopRequest, listening
-from mesh import describe_devices, device_kind
+from mesh import describe_devices, device_kind, make_mesh
 from run_directory import RunDirectory
 from saving import Saver
-from starting import go_on_from, leaked_share, set_up, start_from_weights, tokens_available, whole_steps
+from starting import (
+    devices_at_start,
+    go_on_from,
+    leaked_share,
+    set_up,
+    start_from_weights,
+    tokens_available,
+    whole_steps,
+)
 from steps import compile_train_step, steps_ahead
 from stopwatch import Stopwatch
 from training import (
@@ -45,23 +53,31 @@ def train_or_go_on(
     stop: StopRequest,
     stopwatch: Stopwatch,
 ) -> int:
-    total = whole_steps(run, model_config, config)
     checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
     say(*complaints)
+    devices = 0  # on which the run has begun
     if checkpoint:
         drift.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
         say(*drift.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes))
+        devices = devices_at_start(config, checkpoint.meta)
+        total = whole_steps(run, model_config, config, devices)
         is_finished = checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True)
         checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
         if is_finished:
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
     say(describe_devices())
-    say(*preflight.describe(run, model_config, config, tokens_available(config), leaked_share(config)))
+    mesh = make_mesh(config.mesh)
+    devices = devices or mesh.devices.size
+    total = whole_steps(run, model_config, config, devices)
+    own = config.gradient_accumulation_steps * config.microbatch_size
+    given, config = config, with_sequences_per_step(config, devices * own, mesh.devices.size)
+    available, leaked = tokens_available(config), leaked_share(config)
+    say(*preflight.describe(run, model_config, config, available, leaked, mesh))
     say(describe_peak(device_kind(), config.precision))
     if model_config.n_layers:
         say(describe_attention(config.precision, model_config.head_width, config.drop_rate, jax.default_backend()))
-    training = set_up(run, model_config, config, total, stopwatch)
+    training = set_up(run, model_config, config, total, mesh, stopwatch, given)
     watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if training.val_stream is None:
         say("no validation tokens: best goes by training loss")
@@ -102,7 +118,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     is_stuck, finding = False, None
     say(ABOUT_TO_STEP)
     stopwatch.turn_to("compiling")
-    step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config)
+    step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config, training.mesh)
     say(fitting.check(step, training.model_config, config))
     stopwatch.turn_to("steps")
     with (

@@ -1,14 +1,26 @@
-"""The devices: which ones there are, and a quiet start on machines without a GPU."""
+"""The devices: which ones there are, how a run is spread over them, and a quiet start on machines without a GPU.
+
+A run has one mesh of devices with two axes. Sequences are spread over both; parameters, moments and gradients over
+`fsdp` (https://arxiv.org/abs/1910.02054), by one rule. One device is a mesh of one.
+"""
 
 import ctypes
+import functools
 import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compilation_cache import keep_compiled
+from config import MeshConfig
 
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
+DATA, FSDP = AXES = ("data", "fsdp")
+SMALLEST_SHARDED = 2048  # numbers: gathering less costs more than it saves
 M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
 
 
@@ -36,8 +48,75 @@ def describe_devices() -> str:
     if device.platform == "cpu":
         no_driver = any("cuda" in line for line in complaints)
         return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
-    unused = f"; {len(devices) - 1} more are not used" if len(devices) > 1 else ""
-    return f"running on {device.device_kind}{unused}"
+    return f"running on {device.device_kind}"
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Arrange the devices as `mesh` in train.json says; -1 takes as many as there are.
+
+    Raises ValueError when there are too few, or some would be left over.
+    """
+    devices = jax.devices()
+    count, fsdp = len(devices), config.fsdp
+    data = count // fsdp if config.data == -1 else config.data
+    if (config.data == -1 and count % fsdp) or not 0 < data * fsdp <= count:
+        fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        raise ValueError(
+            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {fitting} divide; "
+            "data=-1 takes what fsdp leaves"
+        )
+    return _mesh(tuple(devices[: data * fsdp]), data, fsdp)
+
+
+@functools.cache
+def one_device() -> Mesh:
+    """Return the mesh of the first device alone."""
+    return _mesh((jax.local_devices()[0],), 1, 1)
+
+
+def _mesh(devices: tuple[jax.Device, ...], data: int, fsdp: int) -> Mesh:
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Say how a parameter or a moment lies on the mesh: its largest axis that `fsdp` divides is spread over it.
+
+    Small arrays, and those without such an axis, are whole on every device.
+    """
+    parts = mesh.shape[FSDP]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < SMALLEST_SHARDED or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * largest, FSDP)
+
+
+def array_shardings(state: Any, mesh: Mesh) -> Any:
+    """Return, for every array of a state, where the rule has it."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, array_spec(x.shape, mesh)), state)
+
+
+def place(module: Any, mesh: Mesh) -> None:
+    """Move the arrays of a model or an optimiser to where the rule has them."""
+    state = nnx.state(module)
+    nnx.update(module, jax.device_put(state, array_shardings(state, mesh)))
+
+
+def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
+    """Say how a run is spread over devices, and what becomes of each of its arrays, by names and shapes."""
+    count = mesh.devices.size
+    if count == 1 and jax.device_count() == 1:
+        return []
+    left = jax.device_count() - count
+    unused = f"; {left} more are not used" if left else ""
+    lines = [f"mesh    {count} device(s): data {mesh.shape[DATA]} × fsdp {mesh.shape[FSDP]}{unused}"]
+    if mesh.shape[FSDP] == 1:
+        return lines
+    for name, shape in shapes.items():
+        axis = next((axis for axis, part in enumerate(array_spec(shape, mesh)) if part), None)
+        told = "whole on every device" if axis is None else f"axis {axis} over fsdp"
+        lines.append(f"        {name} {list(shape)}: {told}")
+    return lines
 
 
 def device_kind() -> str:

@@ -2,7 +2,7 @@
 
 Reading inwards, one global step passes through
 
-    MultiSteps            joins the calls of a global step (only when there are several)
+    MultiSteps            joins the calls of a global step (only when `microbatches_per_call` asks for several)
     inject_hyperparams    the learning rate, by the number of global steps, rejected ones included
     guard                 measures the norm of the mean gradient; rejects the update when it is not finite, so that no
                           parameter and no moment changes; otherwise clips by it
@@ -55,7 +55,7 @@ def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> 
         return guard(adamw, config.clipping_max_norm)
 
     transformation = optax.inject_hyperparams(guarded_adamw)(learning_rate_schedule(config, total_steps))
-    if config.calls_per_step > 1:
+    if config.microbatches_per_call is not None:  # also one call: the state is of one form on any number of devices
         transformation = join_calls(transformation, config.calls_per_step)
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)
 

@@ -2,11 +2,16 @@
 
 import shutil
 
+from flax import nnx
+from jax.sharding import Mesh
+
 from config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
 from flops import FORMULA, flops_per_token
 from loss import chunk_size
-from model import count_parameters
+from mesh import describe_mesh, one_device
+from model import GPTModel, count_parameters
 from run_directory import RunDirectory
+from weights import named_arrays
 
 GIB = 2**30
 
@@ -17,20 +22,25 @@ def describe(
     train: TrainConfig,
     available_tokens: int | None,
     leaked_share: float | None = None,
+    mesh: Mesh | None = None,
 ) -> list[str]:
     """Return the preflight, a line per subject.
 
     `available_tokens` is None when the data are not there yet, `leaked_share` (of validation that occurs in training)
     when their `data.json` does not say.
     """
+    mesh = mesh or one_device()
+    devices = mesh.devices.size
     parameters = count_parameters(model)
-    tokens_per_step = tokens_per_global_step(model, train)
-    steps = steps_per_epoch(model, train, available_tokens)
+    tokens_per_step = tokens_per_global_step(model, train, devices)
+    steps = steps_per_epoch(model, train, available_tokens, devices)
+    on_each = f" on each of {devices} devices" if devices > 1 else ""
     lines = [
         f"model   {parameters:,} parameters: {model.n_layers} layers, {model.n_heads} heads, "
         f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
         f"step    {tokens_per_step:,} tokens: {train.gradient_accumulation_steps} microbatches of "
-        f"{train.microbatch_size} sequences, in {train.calls_per_step} compiled call(s), {train.precision}",
+        f"{train.microbatch_size} sequences{on_each}, in {train.calls_per_step} compiled call(s), {train.precision}",
+        *describe_mesh(parameter_shapes(model), mesh),
     ]
     if steps is None:
         lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {train.epochs} epoch(s)")
@@ -48,6 +58,13 @@ def describe(
     lines.append(_memory(model, train, parameters))
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by name; all blocks are alike, and come once."""
+    shallow = config.model_copy(update={"n_layers": min(config.n_layers, 1)})
+    state = nnx.state(nnx.eval_shape(lambda: GPTModel(shallow, nnx.Rngs(0))), nnx.Param)
+    return {name.replace("blocks.0.", "blocks.*."): array.shape for name, array in named_arrays(state).items()}
 
 
 def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:

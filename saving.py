@@ -112,9 +112,9 @@ class Saver:
         if training.val_stream:
             if self._eval_step is None:
                 with training.stopwatch.during("compiling"):
-                    self._eval_step = compile_for(training.model, training.val_stream)
+                    self._eval_step = compile_for(training.model, training.val_stream, training.mesh)
             with training.stopwatch.during("validation"):
-                loss = mean_loss(training.model, training.val_stream, self._stop, self._eval_step)
+                loss = mean_loss(training.model, training.val_stream, self._stop, self._eval_step, training.mesh)
             if loss is None:
                 return False, []
             record["val_loss"] = metrics.finite(loss)
@@ -194,6 +194,7 @@ def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:
         "clipped_fraction": statistics.fmean(record["clipped"] for record in period),
         "rejected_updates": period[-1]["rejected_updates"],
         "is_milestone": is_milestone,
+        "sequences_per_step": training.sequences_per_step,
         **training.snapshot,
     }
     measure = "val_loss" if training.val_stream else "avg_train_loss"

@@ -2,6 +2,9 @@
 
 import math
 from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
 
 import checkpointing
 import drift
@@ -11,6 +14,7 @@ from config import ModelConfig, TrainConfig, load_config, parse_config, steps_pe
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from data_description import recorded_leakage
 from dataset_sources import dataset_folder, dataset_revision
+from mesh import place
 from model import create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory
@@ -32,17 +36,20 @@ def leaked_share(config: TrainConfig) -> float | None:
     return recorded_leakage(dataset_folder(config.dataset, fetch=False))
 
 
-def total_steps(model_config: ModelConfig, config: TrainConfig, *, fetch: bool = False) -> int | None:
-    """Count the global steps of the whole run; None when that takes data that are not here and `fetch` is off."""
-    steps = steps_per_epoch(model_config, config)
+def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1, *, fetch: bool = False) -> int | None:
+    """Count the global steps of a whole run that begins on so many devices.
+
+    None when that takes data that are not here and `fetch` is off.
+    """
+    steps = steps_per_epoch(model_config, config, devices=devices)
     if steps is None:
-        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch))
+        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch), devices)
     return None if steps is None else steps * config.epochs
 
 
-def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
-    """Count the global steps of the whole run, fetching its data; raises ValueError when there are none."""
-    total = total_steps(model_config, config, fetch=True)
+def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
+    """Count the global steps as `total_steps` does, fetching the data; raises ValueError when there are none."""
+    total = total_steps(model_config, config, devices, fetch=True)
     if not total:
         raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
     return total
@@ -50,23 +57,42 @@ def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfi
 
 def describe_progress(run: RunDirectory) -> str:
     """Say how far a run is: new, at step N of M, or finished. Raises ValueError when its files are wrong."""
-    config = load_config(run.train_config, TrainConfig)
-    total = total_steps(load_config(run.model_config, ModelConfig), config)
+    config, model_config = load_config(run.train_config, TrainConfig), load_config(run.model_config, ModelConfig)
     checkpoints = checkpointing.find_checkpoints(run.checkpoints)
     if not checkpoints:
+        total_steps(model_config, config)  # raises when something is wrong
         return "new"
+    total = total_steps(model_config, config, devices_at_start(config, checkpoints[-1].meta))
     step = checkpoints[-1].global_step
     if step == total:
         return "finished"
     return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
 
 
+def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
+    """Return on how many devices a run has begun, by what a checkpoint says: that sets the size of a global step."""
+    own = config.gradient_accumulation_steps * config.microbatch_size
+    sequences = meta.get("sequences_per_step", own)
+    if not isinstance(sequences, int) or sequences < own or sequences % own:
+        raise ValueError(f"sequences_per_step of the checkpoint: expected a multiple of {own}, got {sequences!r}")
+    return sequences // own
+
+
 def set_up(
-    run: RunDirectory, model_config: ModelConfig, config: TrainConfig, total: int, stopwatch: Stopwatch
+    run: RunDirectory,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    total: int,
+    mesh: Mesh,
+    stopwatch: Stopwatch,
+    given: TrainConfig,
 ) -> Training:
-    """Load the tokens, and build a fresh model and optimiser."""
+    """Load the tokens, and build a fresh model and optimiser.
+
+    `config` has as many microbatches as the mesh takes, `given` what train.json says.
+    """
     folder = dataset_folder(config.dataset)
-    train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs)
+    train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs, mesh.devices.size)
     uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
     landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
     if unigram < uniform - 0.05:
@@ -77,16 +103,20 @@ def set_up(
         "revision": dataset_revision(folder),
     }
     model = create_model(model_config, config.seed, config.drop_rate, config.precision)
+    place(model, mesh)
+    optimizer = make_optimizer(model, config, total)
+    place(optimizer, mesh)
     return Training(
         run=run,
         model_config=model_config,
         config=config,
+        mesh=mesh,
         total_steps=total,
         model=model,
-        optimizer=make_optimizer(model, config, total),
+        optimizer=optimizer,
         train_stream=train_stream,
         val_stream=val_stream,
-        snapshot=drift.snapshot(model_config, config, prints),
+        snapshot=drift.snapshot(model_config, given, prints),
         landmarks=landmarks,
         stopwatch=stopwatch,
     )

@@ -4,6 +4,7 @@ Both are compiled ahead of their first call, once in a run: so it is known what 
 arguments of another form are refused.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,35 +12,54 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from config import TrainConfig
 from data import Batch
 from dropout import Dropout
-from loss import add_head_gradient, fused_cross_entropy, prepare_head
-from mesh import give_back_freed_memory
+from loss import add_head_gradient, fused_cross_entropy, fused_losses, prepare_head
+from mesh import AXES, DATA, FSDP, array_shardings, array_spec, give_back_freed_memory, one_device
 from model import GPTModel, compute_copy
 from optimizer import update_report
 from weights import named_arrays
 
 
-@partial(nnx.jit, static_argnames="config", donate_argnames=("model", "optimizer"))
+@partial(nnx.jit, static_argnames=("config", "mesh"), donate_argnames=("model", "optimizer"))
 def train_step(
-    model: GPTModel, optimizer: nnx.Optimizer, batch: Batch, seed_key: jax.Array, config: TrainConfig
+    model: GPTModel,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    seed_key: jax.Array,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Train on the microbatches of one call; the last call of a global step updates the parameters.
 
     Returns the mean `loss` of the call, what `optimizer.update_report` says after it, and `evidence` for the case that
     the update was rejected; all on the device.
     """
-    loss, grads, losses_A = mean_gradient(model, batch, seed_key, config.loss_rows_per_chunk)
+    mesh = mesh or one_device()
+    loss, grads, losses_A = mean_gradient(model, batch, seed_key, config.loss_rows_per_chunk, mesh)
     optimizer.update(model, grads)
+    for module in (model, optimizer):  # what comes out lies where it came from
+        state = nnx.state(module)
+        nnx.update(module, jax.lax.with_sharding_constraint(state, array_shardings(state, mesh)))
     return {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads)}
 
 
-@nnx.jit
-def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Return the mean loss of one batch, dropout off."""
-    return model_loss(model, inputs_BT, targets_BT)
+@partial(nnx.jit, static_argnames="mesh")
+def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """Return the mean loss of each sequence, (B,), dropout off."""
+    mesh = mesh or one_device()
+    graph, params = nnx.split(model)
+
+    def on_device(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+        hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
+        losses_BT = fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
+        return jax.lax.all_gather(losses_BT.mean(axis=1), AXES, tiled=True)
+
+    return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(params, inputs_BT, targets_BT)
 
 
 class Compiled:
@@ -69,13 +89,26 @@ class Compiled:
 
 
 def compile_train_step(
-    model: GPTModel, optimizer: nnx.Optimizer, batch: Batch, seed_key: jax.Array, config: TrainConfig
+    model: GPTModel,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    seed_key: jax.Array,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
 ) -> Compiled:
-    return Compiled("training step", train_step, model, optimizer, batch, seed_key, config)
+    return Compiled("training step", train_step, model, optimizer, batch, seed_key, config, mesh)
 
 
-def compile_eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> Compiled:
-    return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT)
+def compile_eval_step(
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None = None
+) -> Compiled:
+    return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT, mesh)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Put the arrays of a call on the devices: each gets its sequences of every microbatch."""
+    sequences, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec(None, AXES), PartitionSpec()))
+    return jax.device_put(batch, Batch(sequences, sequences, everywhere))
 
 
 def steps_ahead() -> int:
@@ -104,9 +137,62 @@ def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.
 
 
 def mean_gradient(
-    model: GPTModel, batch: Batch, seed_key: jax.Array, rows_per_chunk: int | None = None
+    model: GPTModel,
+    batch: Batch,
+    seed_key: jax.Array,
+    rows_per_chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, nnx.State, jax.Array]:
-    """Average loss and gradient over the microbatches of a call, one forward and backward pass at a time.
+    """Average loss and gradient over the microbatches of a call, and over the devices that share each of them.
+
+    Parameters that are spread over `fsdp` are gathered once; gradients are added up on each device, and reduced over
+    all of them once, at the end. Also returns the loss of each microbatch, (A,).
+    """
+    mesh = mesh or one_device()
+    graph, params = nnx.split(model)
+
+    def on_device(params: nnx.State, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
+        grads, losses_A = _add_up(nnx.merge(graph, params), batch, seed_key, mesh.devices.size, rows_per_chunk)
+        losses_A = jax.lax.pmean(losses_A, AXES)
+        return losses_A.mean(), jax.tree.map(partial(_reduced, mesh=mesh), grads), losses_A
+
+    specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
+    sequences = PartitionSpec(None, AXES)
+    given = [Batch(sequences, sequences, PartitionSpec()), PartitionSpec()]
+    return _over(mesh, on_device, given, (PartitionSpec(), specs, PartitionSpec()))(params, batch, seed_key)
+
+
+def _over(mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any) -> Callable[..., Any]:
+    """Let each device compute its share: `on_device` gets whole parameters, and its part of the other arguments."""
+
+    def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(x, FSDP, axis=len(spec) - 1, tiled=True) if len(spec) else x
+
+    def apply(params: nnx.State, *others: Any) -> Any:
+        specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
+
+        def with_whole(params: nnx.State, *others: Any) -> Any:
+            return on_device(jax.tree.map(gathered, params, specs), *others)
+
+        spread = jax.shard_map(with_whole, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False)
+        return spread(params, *others)
+
+    return apply
+
+
+def _reduced(grad: jax.Array, mesh: Mesh) -> jax.Array:
+    """Add up a gradient over all devices; each keeps its part, where the parameter is spread."""
+    spec = array_spec(grad.shape, mesh)
+    if not len(spec):
+        return jax.lax.psum(grad, AXES)
+    part = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=len(spec) - 1, tiled=True)
+    return jax.lax.psum(part, DATA)
+
+
+def _add_up(
+    model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int, rows_per_chunk: int | None
+) -> tuple[nnx.State, jax.Array]:
+    """Add up the gradients of this device's sequences, one microbatch after the other, as its share of the mean.
 
     The gradients of the two large tables, head and embedding, are added up where they arise: an array of their size for
     each microbatch would cost as much as several layers. Also returns the loss of each microbatch, (A,).
@@ -116,27 +202,28 @@ def mean_gradient(
     count, sequences, _ = batch.inputs.shape
     prepared_PD = prepare_head(model.unembedding.embedding[...], model.dtype)
     cast = compute_copy(params, model.dtype)
+    share = 1 / (count * devices)
 
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
         inputs_BT, targets_BT, number = microbatch
+        first_sequence = (number * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
 
         def hidden_states(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
-            dropout = dropout_of(seed_key, global_step, number * sequences, sequences)
+            dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
             return nnx.merge(graph, params).transform(x_BTD, dropout)
 
         hidden_BTD, pull_back = jax.vjp(hidden_states, cast, model.embed(inputs_BT))
         totals = nnx.merge(graph, total)
         head, embedding = totals.unembedding.embedding, totals.token_embedding.embedding
         loss, slopes_BTD, head[...] = add_head_gradient(
-            head[...], prepared_PD, hidden_BTD, targets_BT, 1 / count, rows_per_chunk
+            head[...], prepared_PD, hidden_BTD, targets_BT, share, rows_per_chunk
         )
         grads, slopes_BTD = pull_back(slopes_BTD)
         embedding[...] = embedding[...].at[inputs_BT].add(slopes_BTD)
         return jax.tree.map(jnp.add, nnx.state(totals), grads), loss  # in float32
 
     microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
-    grads, losses_A = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
-    return losses_A.mean(), grads, losses_A
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
 
 
 def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:

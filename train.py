@@ -64,9 +64,12 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Print what a run will be and need."""
     import preflight
+    from mesh import describe_devices, make_mesh
     from starting import leaked_share, tokens_available
 
-    print(*preflight.describe(run, model_config, config, tokens_available(config), leaked_share(config)), sep="\n")
+    print(describe_devices())
+    available, leaked = tokens_available(config), leaked_share(config)
+    print(*preflight.describe(run, model_config, config, available, leaked, make_mesh(config.mesh)), sep="\n")
     return command_line.DONE
 
 

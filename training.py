@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import metrics
 import samples
+import steps
 from config import ModelConfig, TrainConfig, tokens_per_global_step
 from data import Batch, TokenStream
 from inspection import describe_rejection
@@ -33,7 +35,8 @@ class Training:
 
     run: RunDirectory
     model_config: ModelConfig
-    config: TrainConfig
+    config: TrainConfig  # with the microbatches that this mesh takes
+    mesh: Mesh
     total_steps: int
     model: GPTModel
     optimizer: nnx.Optimizer
@@ -57,7 +60,11 @@ class Training:
 
     @property
     def tokens_per_step(self) -> int:
-        return tokens_per_global_step(self.model_config, self.config)
+        return tokens_per_global_step(self.model_config, self.config, self.mesh.devices.size)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.tokens_per_step // self.model_config.context_length
 
     @property
     def seconds(self) -> float:
@@ -140,7 +147,7 @@ def place_batch(training: Training) -> tuple[list[Batch], int]:
     checksum = 0
     for batch in calls:
         checksum = zlib.crc32(batch.targets.tobytes(), zlib.crc32(batch.inputs.tobytes(), checksum))
-    return jax.device_put(calls), checksum
+    return [steps.place_batch(batch, training.mesh) for batch in calls], checksum
 
 
 def mean_of_calls(reports: list[Report]) -> float:

@@ -73,6 +73,7 @@ TINY_TRAIN = {
     "learning_rate": 0.01,
     "checkpoint_interval": 5,
     "val_tokens": 64,
+    "mesh": {"data": 1},
 }
 
 

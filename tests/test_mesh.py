@@ -8,7 +8,8 @@ import jax
 import pytest
 from conftest import ROOT
 
-from mesh import describe_devices
+from config import MeshConfig
+from mesh import array_spec, describe_devices, describe_mesh, make_mesh
 
 BROKEN_PLUGIN = """
 def initialize():
@@ -46,13 +47,10 @@ def test_a_machine_that_is_asked_for_its_cpu_says_so_in_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (0, "running on the CPU\n", "")
 
 
-@pytest.mark.parametrize(
-    ("count", "line"), [(1, "running on NVIDIA H200"), (4, "running on NVIDIA H200; 3 more are not used")]
-)
-def test_gpus_are_named_and_idle_ones_counted(monkeypatch, count, line):
+def test_gpus_are_named(monkeypatch):
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
-    monkeypatch.setattr(jax, "local_devices", lambda: [gpu] * count)
-    assert describe_devices() == line
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu] * 4)
+    assert describe_devices() == "running on NVIDIA H200"
 
 
 def test_other_log_lines_pass_and_nothing_is_filtered_afterwards(monkeypatch, caplog):
@@ -80,3 +78,53 @@ def test_a_backend_that_does_not_start_is_an_error_and_leaves_no_filter(monkeypa
     with pytest.raises(RuntimeError, match="no backend"):
         describe_devices()
     assert logging.getLogger("jax._src.xla_bridge").filters == filters
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape"),
+    [
+        ({}, (8, 1)),
+        ({"fsdp": 8}, (1, 8)),
+        ({"data": 2, "fsdp": 4}, (2, 4)),
+        ({"fsdp": 2}, (4, 2)),
+        ({"data": 1}, (1, 1)),
+    ],
+    ids=str,
+)
+def test_a_mesh_takes_the_devices_that_it_names_and_minus_1_the_rest(wanted, shape):
+    mesh = make_mesh(MeshConfig(**wanted))
+    assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp")
+
+
+@pytest.mark.parametrize("wanted", [{"fsdp": 3}, {"data": 9}, {"data": 3, "fsdp": 3}, {"fsdp": 16}], ids=str)
+def test_a_mesh_that_does_not_fit_says_which_do(wanted):
+    with pytest.raises(ValueError, match=r"do not fit the 8 device.s. here, which 1, 2, 4, 8 divide"):
+        make_mesh(MeshConfig(**wanted))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((50257, 768), (None, "fsdp")),  # 50,257 is a prime
+        ((768, 2304), (None, "fsdp")),
+        ((3072, 768), ("fsdp",)),
+        ((4096,), ("fsdp",)),
+        ((768,), ()),  # small
+        ((), ()),
+        ((2049, 3), ()),  # not divisible
+    ],
+    ids=str,
+)
+def test_the_largest_divisible_axis_is_spread_and_small_arrays_are_whole(shape, spec):
+    assert tuple(array_spec(shape, make_mesh(MeshConfig(data=2, fsdp=4)))) == spec
+    assert tuple(array_spec(shape, make_mesh(MeshConfig(data=8)))) == ()
+
+
+def test_it_is_said_what_became_of_each_array():
+    shapes = {"head.embedding": (50257, 768), "output_norm.scale": (768,)}
+    assert describe_mesh(shapes, make_mesh(MeshConfig(data=2, fsdp=2))) == [
+        "mesh    4 device(s): data 2 × fsdp 2; 4 more are not used",
+        "        head.embedding [50257, 768]: axis 1 over fsdp",
+        "        output_norm.scale [768]: whole on every device",
+    ]
+    assert describe_mesh(shapes, make_mesh(MeshConfig())) == ["mesh    8 device(s): data 8 × fsdp 1"]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from data import TokenStream
 from loss import cross_entropy
+from mesh import one_device, place
 from optimizer import make_optimizer
 from steps import compile_train_step, eval_step, evidence, mean_gradient, train_step
 from weights import named_arrays
@@ -81,7 +82,9 @@ def test_a_step_is_traced_once():
     config = tiny_train_config(microbatches_per_call=1)
     counted = nnx.jit(chex.assert_max_traces(n=1)(train_step.__wrapped__), static_argnames="config")
     model = tiny_model()
+    place(model, one_device())
     optimizer = make_optimizer(model, config, total_steps=20)
+    place(optimizer, one_device())
     for step in range(2):
         for call in stream().calls(step, K):
             counted(model, optimizer, call, SEED_KEY, config)
