@@ -111,7 +111,7 @@ class TrainConfig(Config):
 
     initial_weights: str | None = key(
         "fatal", None, min_length=1
-    )  # a model.safetensors to start from; None: random ones
+    )  # a model.safetensors, from here or from the run; None: random
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
     epochs: int = key("fatal", 1, ge=1)

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from run_directory import RunDirectory
 if TYPE_CHECKING:
     from config import ModelConfig
 
-CONFIG, WEIGHTS, INDEX, VOCABULARY = "config.json", "model.safetensors", "model.safetensors.index.json", "vocab.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
 LARGEST_INDEX_BYTES = 10_000_000
 FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
     "dataset": "builtin/python-docs",
@@ -28,6 +31,9 @@ FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
 def main(args: argparse.Namespace) -> int:
     if args.target.exists() or args.target.is_symlink():
         raise ValueError(f"{args.target}: is there already; move it away or choose another name")
+    above = next(folder for folder in args.target.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"{args.target}: cannot be written, since {above} is no folder that we may write to")
     if args.action == "import":
         if args.checkpoint:
             raise ValueError("--checkpoint: goes with export; an import has but one set of weights")
@@ -45,8 +51,8 @@ def import_run(source: str, target: Path) -> int:
 
     folder = find_folder(source)
     config = gpt2_weights.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
-    if config.vocab_size == tokenizer.VOCAB_SIZE and (folder / VOCABULARY).exists():
-        check_vocabulary(folder / VOCABULARY)
+    if tokenizer.is_gpt2(config.vocab_size):
+        check_vocabulary(folder)
     theirs, metadata = open_weights(folder)
     arrays = gpt2_weights.import_weights(theirs, config, str(folder))
     if "model.json" in metadata:  # we have exported it
@@ -57,7 +63,7 @@ def import_run(source: str, target: Path) -> int:
         initial.parent.mkdir()
         save_weights(initial, arrays, config.model_dump_json())
         manifest.write(initial.parent)
-        named = str(RunDirectory(target).initial_weights)
+        named = str(initial.relative_to(staging))
         write_json(RunDirectory(staging).model_config, config.model_dump())
         write_json(RunDirectory(staging).train_config, FINE_TUNING | {"initial_weights": named})
     parameters = sum(array.size for array in arrays.values())
@@ -73,6 +79,8 @@ def find_folder(source: str) -> Path:
     from dataset_sources import HUB_ID, reason
 
     if (folder := Path(source)).is_dir():
+        if RunDirectory(folder).train_config.is_file():
+            raise ValueError(f"{source}: is a run of ours; an import takes a folder of Hugging Face's")
         return folder
     if folder.exists() or not (HUB_ID.fullmatch(source) or source.isidentifier() or source.startswith("gpt2-")):
         raise ValueError(f"{source}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of the Hub")
@@ -87,18 +95,20 @@ def find_folder(source: str) -> Path:
 
 def fetch(source: str) -> Path:
     """Fetch a model of the Hub into the client's own cache, all of one revision; return the folder there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     folder = Path(hf_hub_download(source, CONFIG)).parent
 
     def get(name: str) -> Path | None:
         try:
             return Path(hf_hub_download(source, name, revision=folder.name))
-        except RemoteEntryNotFoundError:
+        except (RemoteEntryNotFoundError, LocalEntryNotFoundError) as error:
+            if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
+                raise  # the Hub cannot be asked
             return None
 
-    get(VOCABULARY)
+    get(VOCABULARY) or get(TOKENIZER)
     if not get(WEIGHTS) and (index := get(INDEX)):
         for name in shards(index):
             get(name)
@@ -122,7 +132,10 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     for file in sorted(files):
         if found := impostor(folder / file):
             raise ValueError(f"{folder / file}: expected a safetensors file, got {found}")
-        arrays |= load_weights(folder / file)
+        more = load_weights(folder / file)
+        if twice := sorted(arrays.keys() & more.keys()):
+            raise ValueError(f"{folder / file}: has {twice[0][:100]!r}, which another file has too")
+        arrays |= more
     return arrays, read_metadata(folder / min(files))
 
 
@@ -130,23 +143,31 @@ def shards(index: Path) -> set[str]:
     """Return the names of the files that an index lists, which lie beside it."""
     from config import read_json
 
-    weight_map = read_json(index, largest_bytes=LARGEST_INDEX_BYTES).get("weight_map")
-    files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    weight_map = read_json(index, LARGEST_INDEX_BYTES).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise ValueError(f"{index}: expected a weight_map of names to files beside it")
-    return files
+    return set(files)
 
 
-def check_vocabulary(path: Path) -> None:
-    """Raise ValueError unless a vocab.json is GPT-2's."""
+def check_vocabulary(folder: Path) -> None:
+    """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
     import tokenizer
+    from config import read_json
 
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if theirs != json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8")):
-        raise ValueError(f"{path}: not GPT-2's vocabulary, the only one that we have; text would become other tokens")
+    ours = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
+    for name in (VOCABULARY, TOKENIZER):
+        if not (folder / name).exists():
+            continue
+        theirs = read_json(folder / name, LARGEST_INDEX_BYTES)
+        if name == TOKENIZER:
+            theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
+        if theirs != ours:
+            raise ValueError(
+                f"{folder / name}: not GPT-2's vocabulary, the only one that we have; text would become other tokens"
+            )
+        return
+    print(f"notice: {folder} has no vocabulary, so it is not known to be GPT-2's", file=sys.stderr)
 
 
 def export_folder(source: Path, target: Path, which: str | None) -> int:
@@ -155,6 +176,7 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
 
     import gpt2_weights
     import tokenizer
+    from model import count_parameters
     from saved_model import load_saved_model
     from weights import host_arrays, save_weights
 
@@ -171,8 +193,8 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
         write_json(staging / CONFIG, described)
         if is_text:
             write_tokenizer(staging, config.context_length)
-        parameters = sum(array.size for array in arrays.values())
-        (staging / "README.md").write_text(model_card(target.name, path, config, parameters), encoding="utf-8")
+        parameters = count_parameters(config)
+        (staging / "README.md").write_text(model_card(target, path, config, parameters), encoding="utf-8")
     print(f"{target}: {parameters:,} parameters of {path}")
     if is_text:
         print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
@@ -205,39 +227,41 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     write_json(folder / "tokenizer_config.json", options | texts)
 
 
-def model_card(name: str, weights: Path, config: "ModelConfig", parameters: int) -> str:
+def model_card(target: Path, weights: Path, config: "ModelConfig", parameters: int) -> str:
     """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
-    lines += [
-        f"A GPT-2 of {parameters:,} parameters: {config.n_layers} layers, {config.n_heads} heads, width "
-        f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
-        f"{'tied' if config.tied_head else 'untied'} head. Trained with outside-in, in JAX, and exported from "
-        f"`{weights.parent.name}`.",
-        "",
-    ]
-    if (weights.parent / "meta.json").is_file():
-        from config import read_json
+    from config import read_json
 
-        meta = read_json(weights.parent / "meta.json")
-        train = meta.get("train_config", {})
-        figures = {
-            "dataset": train.get("dataset"),
-            "global steps": meta.get("global_step"),
-            "tokens seen": meta.get("tokens_seen"),
-            "training loss, mean of the last period": meta.get("avg_train_loss"),
-            "validation loss": meta.get("val_loss"),
-            "peak learning rate": train.get("learning_rate"),
-            "weight decay": train.get("weight_decay"),
-            "dropout": train.get("drop_rate"),
-            "precision": train.get("precision"),
-            "seed": train.get("seed"),
-            "hours": round(meta["seconds_trained"] / 3600, 2) if "seconds_trained" in meta else None,
-            "device": meta.get("versions", {}).get("device"),
-        }
-        lines += ["| | |", "|---|---|"]
-        lines += [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
-        lines += [""]
-    call = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
+    folder = weights.resolve().parent
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    train = meta.get("train_config", {})
+    origin = f"trained with outside-in, in JAX; checkpoint `{folder.name}`" if meta else "exported by outside-in"
+    if meta and folder.parent.name == "checkpoints":
+        origin += f" of the run `{folder.parent.parent.name}`"
+    figures = {
+        "initial weights": train.get("initial_weights"),
+        "dataset": train.get("dataset"),
+        "global steps": meta.get("global_step"),
+        "tokens seen": meta.get("tokens_seen"),
+        "training loss, mean of the last period": meta.get("avg_train_loss"),
+        "validation loss": meta.get("val_loss"),
+        "peak learning rate": train.get("learning_rate"),
+        "weight decay": train.get("weight_decay"),
+        "dropout": train.get("drop_rate"),
+        "precision": train.get("precision"),
+        "seed": train.get("seed"),
+        "hours": round(meta["seconds_trained"] / 3600, 2) if "seconds_trained" in meta else None,
+        "device": meta.get("versions", {}).get("device"),
+    }
+    rows = [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {target.name}", ""]
+    lines += [
+        f"A GPT-2 of {parameters:,} parameters, {origin}: {config.n_layers} layers, {config.n_heads} heads, width "
+        f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
+        f"{'tied' if config.tied_head else 'untied'} head.",
+        "",
+        *(["| | |", "|---|---|", *rows, ""] if rows else []),
+    ]
+    call = f'model = AutoModelForCausalLM.from_pretrained("{target}")'
     return "\n".join([*lines, "```python", "from transformers import AutoModelForCausalLM", "", call, "```", ""])
 
 

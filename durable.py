@@ -1,6 +1,7 @@
 """Files and folders that are on the disk for good, and whole or not there at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -36,6 +37,8 @@ def appearing(folder: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         yield staging
         sync_tree(staging)
+        if folder.exists():  # a rename would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         staging.rename(folder)
         sync(folder.parent)
     except BaseException:

@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # tokens that count as one measurement, since neighbours are alike
 TOKENS_PER_BATCH = 8192
-COLUMNS = {  # of the table: what is None in all rows is left out
-    "model": "",
-    "parameters": ",",
-    "loss": ".4f",
-    "± loss": ".4f",
-    "less the first's": "+.4f",
-    "± difference": ".4f",
-    "perplexity": ",.2f",
-    "bits per byte": ".4f",
-    "HellaSwag": ".2%",
-    "± HellaSwag": ".2%",
-    "not normalized": ".2%",
+LARGEST_EXPONENT = 700  # e to a larger power is beyond float64
+COLUMNS = {  # of the table: heading and form of what the JSON has under these names; what no row has is left out
+    "model": ("model", ""),
+    "parameters": ("parameters", ","),
+    "loss": ("loss", ".4f"),
+    "loss_error": ("±", ".4f"),
+    "difference": ("less the first's", "+.4f"),
+    "difference_error": ("±", ".4f"),
+    "perplexity": ("perplexity", ",.6g"),
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "hellaswag": ("HellaSwag", ".2%"),
+    "hellaswag_error": ("±", ".2%"),
+    "hellaswag_not_normalized": ("not normalized", ".2%"),
 }
 
 
 def main(args: argparse.Namespace) -> int:
     check(args)
     from mesh import describe_devices  # these take seconds: not for a typing error
+    from model import count_parameters
     from multiple_choice import read_questions
     from saved_model import find_weights, load_saved_model
 
@@ -49,18 +51,21 @@ def main(args: argparse.Namespace) -> int:
     first = None
     for path, file in zip(args.models, files, strict=True):
         model = load_saved_model(file)
-        rows.append({"model": str(path), "weights": str(file), "parameters": parameters(model)})
+        rows.append({"model": str(path), "weights": str(file), "parameters": count_parameters(model.config)})
         if tokens is not None:
             losses = losses_of(model, tokens, args)
+            check_finite(path, losses)
             rows[-1] |= summary(losses, first, count_bytes(model, tokens))
             first = losses if first is None else first
         if questions:
-            rows[-1] |= hellaswag(model, questions)
+            rows[-1] |= hellaswag(path, model, questions)
     if subject:
         print("{dataset}, {split}: {tokens:,} tokens from {start_token:,} on".format(**subject), end="\n\n")
     print(*table(rows), sep="\n")
     if args.json:
-        args.json.write_text(json.dumps({"judged_on": subject, "models": rows}, indent=2) + "\n")
+        temporary = args.json.with_name(f".{args.json.name}.tmp")
+        temporary.write_text(json.dumps({"judged_on": subject, "models": rows}, indent=2) + "\n")
+        temporary.replace(args.json)
     return command_line.DONE
 
 
@@ -98,22 +103,17 @@ def dataset_of(path: Path) -> str:
     raise ValueError(f"{path}: is in no run, whose dataset would be taken; name one by --dataset")
 
 
-def parameters(model: "GPTModel") -> int:
-    from model import count_parameters
-
-    return count_parameters(model.config)
-
-
 def losses_of(model: "GPTModel", tokens: "np.ndarray", args: argparse.Namespace) -> "np.ndarray":
     """Return the loss of every token but the first, (tokens,), float32."""
     import numpy as np
 
-    from evaluation import windowed_losses
+    from evaluation import num_windows, windowed_losses
 
     length = model.config.context_length
     if args.stride and args.stride > length:
         raise ValueError(f"--stride: expected at most the context, {length:,} tokens, got {args.stride:,}")
-    windows = args.batch or max(1, TOKENS_PER_BATCH // length)
+    most = num_windows(len(tokens) - 1, length, args.stride or length)
+    windows = min(args.batch or max(1, TOKENS_PER_BATCH // length), most)
     parts = []
     with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
         for part in windowed_losses(model, tokens, stride=args.stride, windows_per_batch=windows):
@@ -126,7 +126,7 @@ def count_bytes(model: "GPTModel", tokens: "np.ndarray") -> int:
     """Count the bytes of the text to predict; 0 when the model's tokens are not GPT-2's."""
     import tokenizer
 
-    return tokenizer.count_bytes(tokens[1:]) if model.config.vocab_size >= tokenizer.VOCAB_SIZE else 0
+    return tokenizer.count_bytes(tokens[1:]) if tokenizer.is_gpt2(model.config.vocab_size) else 0
 
 
 def summary(losses: "np.ndarray", first: "np.ndarray | None", num_bytes: int) -> dict[str, float | None]:
@@ -134,48 +134,57 @@ def summary(losses: "np.ndarray", first: "np.ndarray | None", num_bytes: int) ->
     import numpy as np
 
     from evaluation import standard_error
-    from metrics import finite
 
     loss, row = losses.mean(dtype=np.float64).item(), {}
     if first is not None:
         difference = losses - first
-        row["less the first's"] = finite(difference.mean(dtype=np.float64).item())
-        row["± difference"] = standard_error(difference, BLOCK)
+        row["difference"] = difference.mean(dtype=np.float64).item()
+        row["difference_error"] = standard_error(difference, BLOCK)
     return row | {
-        "loss": finite(loss),
-        "± loss": standard_error(losses, BLOCK),
-        "perplexity": finite(math.exp(min(loss, 700))),
-        "bits per byte": finite(losses.sum(dtype=np.float64).item() / math.log(2) / num_bytes) if num_bytes else None,
+        "loss": loss,
+        "loss_error": standard_error(losses, BLOCK),
+        "perplexity": math.exp(loss) if loss < LARGEST_EXPONENT else None,
+        "bits_per_byte": losses.sum(dtype=np.float64).item() / math.log(2) / num_bytes if num_bytes else None,
     }
 
 
-def hellaswag(model: "GPTModel", questions: list["Question"]) -> dict[str, float | int | None]:
+def check_finite(path: Path, losses: "np.ndarray") -> None:
+    """Raise RuntimeError when a model cannot be judged."""
+    import numpy as np
+
+    if bad := int((~np.isfinite(losses)).sum()):
+        raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be judged")
+
+
+def hellaswag(path: Path, model: "GPTModel", questions: list["Question"]) -> dict[str, float | int | None]:
     """Return how many questions a model answers as it should."""
     import numpy as np
 
     import tokenizer
-    from multiple_choice import answer
+    from multiple_choice import answer, count_longer
 
-    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
-        raise ValueError(f"--hellaswag: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+    if not tokenizer.is_gpt2(model.config.vocab_size):
+        raise ValueError(f"--hellaswag: {path}: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+    if longer := count_longer(questions, model.config.context_length):
+        print(f"notice: {path}: {longer:,} of {len(questions):,} questions are longer than its context, and cut")
     right = np.zeros(2, int)
     with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
         for number, per_token, whole in answer(model, questions):
+            check_finite(path, whole)
             right += np.array([per_token.argmin(), whole.argmin()]) == questions[number].label
             bar.update()
     share, unnormalized = (right / len(questions)).tolist()
     error = (share * (1 - share) / (len(questions) - 1)) ** 0.5 if len(questions) > 1 else None
-    named = {"HellaSwag": share, "± HellaSwag": error, "not normalized": unnormalized}
-    return named | {"questions": len(questions)}
+    named = {"hellaswag": share, "hellaswag_error": error, "hellaswag_not_normalized": unnormalized}
+    return named | {"hellaswag_questions": len(questions), "hellaswag_cut": longer}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return a Markdown table of what is known."""
     columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    heads = ["±" if name.startswith("±") else name for name in columns]
-    lines = [heads, ["---", *["---:"] * (len(columns) - 1)]]
+    lines = [[COLUMNS[name][0] for name in columns], ["---", *["---:"] * (len(columns) - 1)]]
     for row in rows:
-        values = [(row.get(name), COLUMNS[name]) for name in columns]
+        values = [(row.get(name), COLUMNS[name][1]) for name in columns]
         lines.append(["–" if value is None else format(value, form) for value, form in values])
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -186,6 +195,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')}: expected a number of at least {least}, got {value}")
+    if args.hellaswag and not args.dataset and (args.tokens or args.stride or args.start_token):
+        raise ValueError("--hellaswag: with --tokens, --stride or --start-token expected a --dataset too, got none")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json: expected a file in a folder that is there, got {args.json}")
 
 
 def make_parser() -> command_line.ArgumentParser:

@@ -52,6 +52,7 @@ COMPUTED = {  # what the options of a GPT2Config may be, of those that change th
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 MOST_SHOWN = 12  # mismatches in one line
 
 
@@ -65,7 +66,13 @@ def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
         raise ValueError(f"{source}: expected model_type 'gpt2', got {str(found)[:60]!r}; only GPT-2's can be imported")
     shape = {ours: theirs.get(name) for ours, name in SHAPE.items()}
     shape |= {"qkv_bias": True, "tied_head": theirs.get("tie_word_embeddings", True)}
-    config = parse_config(json.dumps(shape), ModelConfig, source)
+    try:
+        config = parse_config(json.dumps(shape), ModelConfig, source)
+    except ValueError as error:
+        told = str(error)
+        for ours, name in (*SHAPE.items(), ("tied_head", "tie_word_embeddings")):
+            told = told.replace(ours, name)
+        raise ValueError(told) from None
     options = COMPUTED | {"n_inner": (None, 4 * config.emb_dim)}
     complaints = [
         f"{option}={json.dumps(theirs[option])}, expected {' or '.join(map(json.dumps, values))}"
@@ -109,21 +116,40 @@ def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) 
 
     Raises ValueError that names all that is missing, unknown, or of another shape, before anything is read.
     """
-    short = {name.removeprefix(PREFIX): array for name, array in theirs.items()}
-    short = {name: array for name, array in short.items() if not MASK.fullmatch(name)}
-    if config.tied_head:  # then it is the token embedding once more
-        short.pop(HEAD, None)
+    short: dict[str, Any] = {}
+    complaints = []
+    for name, array in theirs.items():
+        key = name.removeprefix(PREFIX)
+        if key in short:
+            complaints.append(f"{key} comes twice, with and without {PREFIX!r}")
+        if not MASK.fullmatch(key):
+            short[key] = array
+    head = short.pop(HEAD, None) if config.tied_head else None  # then it is the token embedding once more
     expected = _names(config)
-    complaints = [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
+    complaints += [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
     complaints += [f"{name[:100]!r} is unknown" for name in sorted(short.keys() - expected.keys())]
-    for name in expected.keys() & short.keys():
+    for name in sorted(expected.keys() & short.keys()):
         shape, found = expected[name][1], tuple(short[name].shape)
         if found != shape:
             complaints.append(f"{name} is {list(found)}, expected {list(shape)}")
+        elif str(short[name].dtype) not in FLOATS:
+            complaints.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
     if complaints:
         more = f"; and {len(complaints) - MOST_SHOWN} more" if len(complaints) > MOST_SHOWN else ""
         raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MOST_SHOWN])}{more}")
-    return {ours: np.asarray(short[name], np.float32) for name, (ours, _) in expected.items()}
+    arrays = {ours: _single(short[name], f"{source}: {name}") for name, (ours, _) in expected.items()}
+    if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
+        raise ValueError(f"{source}: {HEAD} is not wte.weight, but config.json says that they are tied")
+    return arrays
+
+
+def _single(array: Any, source: str) -> np.ndarray:
+    """Read an array as float32; raises ValueError when a number is too large for it."""
+    with np.errstate(over="ignore"):
+        single = np.asarray(array).astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ValueError(f"{source}: expected finite float32 numbers, got others")
+    return single
 
 
 def export_weights(ours: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ ending follows the context after a space, and the one with the lowest loss per t
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np
         yield number, np.array([x.mean() for x in of_endings]), np.array([x.sum() for x in of_endings])
 
 
+def count_longer(questions: list[Question], context_length: int) -> int:
+    """Count the questions that a model cannot read whole with each of their endings."""
+    return sum(
+        max(len(tokenizer.encode(f"{question.context} {ending}")) for ending in question.endings) > context_length + 1
+        for question in questions
+    )
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), start=1):
@@ -79,6 +88,8 @@ def _hub_rows() -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise ValueError(f"{HUB_DATASET}: needs the package datasets; use uv run --group prepare, or a file") from None
     datasets.disable_progress_bars()
+    for name in ("datasets", "huggingface_hub"):  # they tell of every attempt
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         rows = datasets.load_dataset(HUB_DATASET, split=SPLIT)
     except Exception as error:  # of a dozen kinds

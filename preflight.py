@@ -51,7 +51,7 @@ def describe(
             f"{tokens / parameters:.3g} tokens per parameter"
         )
     if train.initial_weights is not None:
-        lines.append(f"start   from the weights in {train.initial_weights}")
+        lines.append(f"origin  the weights in {train.initial_weights}")
     if leaked_share is not None:
         lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, by data.json")
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")

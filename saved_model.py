@@ -18,7 +18,12 @@ def load_saved_model(path: Path) -> GPTModel:
     Raises ValueError when the file is not one that training has saved, damaged, or too large for this machine.
     """
     config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
-    num_arrays = len(load_weights(path))
+    arrays = load_weights(path)
+    num_arrays = len(arrays)
+    if any(name.startswith("transformer.") for name in arrays):
+        raise ValueError(
+            f"{path}: is for transformers; make a run of it: uv run convert_gpt2.py import {path.parent} RUN"
+        )
     if config.n_layers > num_arrays:
         raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")
     if path.stat().st_size > MEMORY_BYTES:

@@ -208,7 +208,7 @@ def describe_period(training: Training, is_milestone: bool) -> dict[str, Any]:
 
 def sample(training: Training) -> str | None:
     """Complete the sample prompt greedily; None when the model's vocabulary is not GPT-2's."""
-    if training.model_config.vocab_size < tokenizer.VOCAB_SIZE:
+    if not tokenizer.is_gpt2(training.model_config.vocab_size):
         return None
     prompt = training.config.sample_prompt
     [completion] = generate(training.model, tokenizer.encode(prompt), SAMPLE_TOKENS)

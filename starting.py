@@ -129,7 +129,8 @@ def start_from_weights(training: Training) -> list[str]:
     """
     if training.config.initial_weights is None:
         return []
-    path = Path(training.config.initial_weights)
+    own = training.run.path / training.config.initial_weights  # as an import has it, so that a run can be moved
+    path = own if own.is_file() else Path(training.config.initial_weights)
     theirs = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
     ours = training.model_config.model_dump()
     if differing := [f"{name} {theirs[name]} against {ours[name]}" for name in ours if ours[name] != theirs[name]]:

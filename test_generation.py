@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> int:
     path = find_weights(args.model)
     model = load_saved_model(path)
     prompt_ids = tokenizer.encode(args.prompt)
-    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
+    if not tokenizer.is_gpt2(model.config.vocab_size):
         raise ValueError(f"{path}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
     context_length = model.config.context_length
     if len(prompt_ids) >= context_length:
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
             f"--prompt: expected fewer tokens than the context of {context_length:,} has, got {len(prompt_ids):,}, "
             "which leave no room; shorten it"
         )
-    if len(prompt_ids) + args.tokens > context_length:
+    if len(prompt_ids) + args.tokens > context_length + 1:  # the last one need not be read
         notice = f"a text that outgrows the context of {context_length:,} tokens goes on from its last half of them"
         print(f"notice: {notice}", file=sys.stderr)
     stop_id = None if args.ignore_end else tokenizer.END_OF_TEXT

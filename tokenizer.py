@@ -50,6 +50,11 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
+def is_gpt2(vocab_size: int) -> bool:
+    """Say whether a model's ids are those of GPT-2's text; ids beyond would stand for nothing."""
+    return vocab_size == VOCAB_SIZE
+
+
 def encode(text: str) -> list[int]:
     """Encode text as GPT-2 token ids; special tokens in it are ordinary text."""
     return gpt2_encoding().encode_ordinary(text)

@@ -62,7 +62,7 @@ class StoredArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.content[...]
         if not np.isfinite(array).all():
-            raise ValueError(f"{self.source}: expected finite numbers, got NaN or infinity; use an earlier checkpoint")
+            raise ValueError(f"{self.source}: expected finite numbers, got NaN or infinity; use other weights")
         return array
 
 

@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_TRAIN, complaint, logits, random_tokens, tiny_model
+from conftest import TINY_TRAIN, complaint, logits, tiny_model
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_dataset_sources import COMMIT, Hub, point_client_at, serve  # noqa: F401
@@ -55,7 +55,7 @@ def assert_is_theirs(run):
 def test_an_imported_run_is_the_model(imported):
     assert_is_theirs(imported)
     assert load_config(imported / "model.json", ModelConfig).tied_head
-    assert load_config(imported / "train.json", TrainConfig).initial_weights == str(find_weights(imported))
+    assert load_config(imported / "train.json", TrainConfig).initial_weights == "initial/model.safetensors"
 
 
 def test_an_imported_run_is_trained_from_its_weights(call_program, imported, token_folder):
@@ -63,7 +63,7 @@ def test_an_imported_run_is_trained_from_its_weights(call_program, imported, tok
     (imported / "train.json").write_text(json.dumps(train | {"min_train_tokens": 300, "learning_rate": 1e-9}))
     finished = call_program("train", imported)
     assert finished.returncode == 0, finished.stderr
-    assert "start   from the weights in" in finished.stdout and "starting from the weights in" in finished.stdout
+    assert "origin  the weights in initial" in finished.stdout and "starting from the weights in" in finished.stdout
     assert "a uniform guess" not in finished.stdout
     assert len(metrics.read(imported / "metrics.jsonl")) == 2
     trained = load_file(find_weights(imported))
@@ -102,7 +102,7 @@ def test_a_model_in_several_files_is_the_same(call_program, source, tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert call_program("convert_gpt2", "import", source, tmp_path / "run").returncode == 0
     assert_is_theirs(tmp_path / "run")
-    for wrong in ({}, {"weight_map": {"a": "../model.safetensors"}}, {"weight_map": {"a": 3}}):
+    for wrong in ({}, *({"weight_map": {"a": file}} for file in ("../model.safetensors", 3, ["x"]))):
         index.write_text(json.dumps(wrong))
         told = complaint(call_program("convert_gpt2", "import", source, tmp_path / "other"))
         assert "expected a weight_map of names to files beside it" in told
@@ -213,6 +213,50 @@ def test_a_vocabulary_that_is_not_gpt2s_is_refused(call_program, text_run, tmp_p
     (tmp_path / "out" / "vocab.json").write_text(json.dumps(vocabulary))
     told = complaint(call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run"))
     assert "vocab.json: not GPT-2's vocabulary" in told
+    (tmp_path / "out" / "vocab.json").unlink()
+    (tmp_path / "out" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    told = complaint(call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run"))
+    assert "tokenizer.json: not GPT-2's vocabulary" in told
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    finished = call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run")
+    assert finished.returncode == 0 and "has no vocabulary, so it is not known to be GPT-2's" in finished.stderr
+
+
+def test_an_array_in_two_files_is_refused(call_program, source, tmp_path):
+    arrays = load_file(source / "model.safetensors")
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    save_file({"transformer.wte.weight": arrays["transformer.wte.weight"]}, source / "model-2.safetensors")
+    weight_map = dict.fromkeys(arrays, "model-1.safetensors") | {"transformer.wte.weight": "model-2.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    told = complaint(call_program("convert_gpt2", "import", source, tmp_path / "run"))
+    assert "has 'transformer.wte.weight', which another file has too" in told
+
+
+def test_folders_of_the_other_kind_say_what_they_are(call_program, imported, source, tmp_path):
+    assert "is a run of ours" in complaint(call_program("convert_gpt2", "import", imported, tmp_path / "new"))
+    told = complaint(call_program("test_generation", export(call_program, imported, tmp_path)))
+    assert "is for transformers; make a run of it: uv run convert_gpt2.py import" in told
+
+
+def export(call_program, run, tmp_path):
+    assert call_program("convert_gpt2", "export", run, tmp_path / "exported").returncode == 0
+    return tmp_path / "exported"
+
+
+def test_an_imported_run_can_be_moved(call_program, imported, token_folder):
+    moved = imported.rename(imported.with_name("moved"))
+    train = json.loads((moved / "train.json").read_text()) | TINY_TRAIN | {"dataset": str(token_folder)}
+    (moved / "train.json").write_text(json.dumps(train | {"min_train_tokens": 300}))
+    finished = call_program("train", moved)
+    assert finished.returncode == 0 and f"starting from the weights in {moved}" in finished.stdout
+
+
+@pytest.mark.parametrize("target", ["config.json/x", "/proc/x"])
+def test_a_target_that_cannot_be_written_is_one_line(call_program, source, monkeypatch, target):
+    monkeypatch.chdir(source)
+    monkeypatch.setattr("os.access", lambda path, mode: "proc" not in str(path))  # root may write anywhere
+    told = complaint(call_program("convert_gpt2", "import", source, target))
+    assert f"{target}: cannot be written" in told
 
 
 def test_nothing_is_written_over(call_program, source, tmp_path):
@@ -279,7 +323,8 @@ def test_a_trained_run_is_exported_with_its_figures(call_program, make_run, tmp_
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"| validation loss | {checkpoint.meta['val_loss']:.5g} |" in card
-    assert "| tokens seen | 384 |" in card
+    assert "| tokens seen | 384 |" in card and "initial weights" not in card
+    assert f"checkpoint `{checkpoint.path.name}` of the run `run`" in card
     told = complaint(call_program("convert_gpt2", "export", run, tmp_path / "no", "--checkpoint", "worst"))
     assert "no checkpoint 'worst'; there are: " in told and checkpoint.path.name in told
 
@@ -291,7 +336,3 @@ def test_a_model_that_is_no_gpt2_is_not_exported(call_program, tmp_path):
     told = complaint(call_program("convert_gpt2", "export", path, tmp_path / "out"))
     assert told.endswith("not a GPT-2, so it cannot be exported: its model.json says pre_norm=false")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_token_ids_of_the_fixture_are_below_its_vocabulary():
-    assert theirs()[0].max() < 101 and random_tokens(3).max() < 101

@@ -9,7 +9,7 @@ from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, logits, random_token
 from flax import nnx
 from safetensors.numpy import save_file
 from test_model import with_larger_weights
-from test_smoke_scripts import SHELL, save_model
+from test_smoke_scripts import save_model
 
 import tokenizer
 from evaluation import completion_losses, num_windows, standard_error, windowed_losses
@@ -112,7 +112,7 @@ def test_the_program_prints_and_writes_what_the_tables_say(call_program, tmp_pat
     assert written["models"][0]["loss"] == pytest.approx(one.mean(), rel=1e-5)
     assert written["models"][1]["perplexity"] == pytest.approx(math.exp(two.mean()), rel=1e-4)
     blocks = (two - one)[:2048].reshape(2, 1024).mean(axis=1)
-    assert written["models"][1]["± difference"] == pytest.approx(blocks.std(ddof=1) / math.sqrt(2), rel=1e-3)
+    assert written["models"][1]["difference_error"] == pytest.approx(blocks.std(ddof=1) / math.sqrt(2), rel=1e-3)
 
 
 def test_all_of_a_split_is_taken_unless_told(call_program, tmp_path, judged):
@@ -144,7 +144,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(call_program, tmp_path):
     [model] = json.loads((tmp_path / "out.json").read_text())["models"]
     assert model["loss"] == pytest.approx(math.log(50257))
     expected = (len(ids) - 1) * math.log2(50257) / len(text.encode())
-    assert model["bits per byte"] == pytest.approx(expected)
+    assert model["bits_per_byte"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(call_program, tmp_path):
         (("--start-token", 2999), "expected tokens after --start-token 2,999"),
         (("--dataset", "nowhere"), "no folder 'nowhere'"),
         (("--hellaswag", "nowhere.jsonl"), "nowhere.jsonl: expected a .jsonl file"),
+        (("--json", "nowhere/out.json"), "--json: expected a file in a folder that is there"),
     ],
     ids=str,
 )
@@ -253,6 +254,37 @@ def test_the_program_answers_hellaswag(call_program, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "| 75.00% | 25.00% |" in finished.stdout and "loss" not in finished.stdout
     [model] = json.loads((tmp_path / "out.json").read_text())["models"]
-    assert model["HellaSwag"] == 0.75 and model["questions"] == 4
-    assert model["± HellaSwag"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert SHELL.context_length == 16
+    assert model["hellaswag"] == 0.75 and model["hellaswag_questions"] == 4
+    assert model["hellaswag_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+
+
+def test_options_that_hellaswag_would_not_heed_are_refused(call_program, tmp_path):
+    weights = save_model(tmp_path, lambda embedding: embedding)
+    told = complaint(call_program("evaluate", weights, "--hellaswag", "x.jsonl", "--tokens", 10))
+    assert "expected a --dataset too" in told
+
+
+def test_a_model_whose_losses_are_not_finite_is_not_judged(call_program, tmp_path, judged):
+    broken = bigram(TABLE)
+    broken.head.embedding[...] = broken.head.embedding[...].at[3].set(3e38)
+    broken.token_embedding.embedding[...] = broken.token_embedding.embedding[...] * 2
+    told = complaint(call_program("evaluate", save(tmp_path / "one", broken), "--dataset", judged), code=1)
+    assert "losses are not finite, so it cannot be judged" in told
+    weights = save_model(tmp_path, lambda embedding: np.sign(embedding) * np.float32(3.4e38))
+    path = tmp_path / "val.jsonl"
+    path.write_text(lines(ROW))
+    told = complaint(call_program("evaluate", weights, "--hellaswag", path), code=1)
+    assert "not finite" in told
+
+
+def test_a_huge_loss_has_no_perplexity(call_program, tmp_path, judged):
+    finished = call_program("evaluate", save(tmp_path / "one", bigram(TABLE * 1e4)), "--dataset", judged)
+    assert finished.returncode == 0 and "perplexity" not in finished.stdout
+
+
+def test_questions_that_are_cut_are_counted(call_program, tmp_path):
+    weights = save_model(tmp_path, lambda embedding: embedding)  # context 16
+    path = tmp_path / "val.jsonl"
+    path.write_text(lines(ROW, ROW | {"ctx": "no " * 30}))
+    finished = call_program("evaluate", weights, "--hellaswag", path)
+    assert "1 of 2 questions are longer than its context, and cut" in finished.stdout

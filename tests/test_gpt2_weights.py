@@ -83,11 +83,13 @@ def test_all_that_does_not_fit_is_told_at_once():
     theirs = export_weights(arrays_of(model), model.config)
     del theirs["transformer.h.0.ln_1.bias"], theirs["transformer.ln_f.weight"]
     theirs |= {"transformer.h.1.ln_1.bias": np.zeros(32), "transformer.wpe.weight": np.zeros((8, 32))}
+    theirs |= {"transformer.h.0.ln_2.bias": np.zeros(32, int), "wte.weight": theirs["transformer.wte.weight"]}
     with pytest.raises(ValueError) as caught:
         import_weights(theirs, model.config, "a folder")
     assert str(caught.value) == (
-        "a folder: 4 tensors do not fit: h.0.ln_1.bias is missing; ln_f.weight is missing; 'h.1.ln_1.bias' is unknown; "
-        "wpe.weight is [8, 32], expected [16, 32]"
+        "a folder: 6 tensors do not fit: wte.weight comes twice, with and without 'transformer.'; h.0.ln_1.bias is "
+        "missing; ln_f.weight is missing; 'h.1.ln_1.bias' is unknown; h.0.ln_2.bias is int64, expected one of float32, "
+        "float16, bfloat16, float64; wpe.weight is [8, 32], expected [16, 32]"
     )
 
 
@@ -108,12 +110,12 @@ def test_a_line_shows_but_the_first_of_many_mismatches():
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true, expected false"),
         ({"add_cross_attention": True}, "add_cross_attention=true, expected false"),
         ({"n_inner": 100}, "n_inner=100, expected null or 64"),
-        ({"n_embd": None}, "emb_dim: expected a valid integer, got null"),
-        ({"n_embd": "16"}, "emb_dim: expected a valid integer, got"),
-        ({"n_head": 3}, "emb_dim=16 is not divisible by n_heads=3"),
+        ({"n_embd": None}, "n_embd: expected a valid integer, got null"),
+        ({"n_embd": "16"}, "n_embd: expected a valid integer, got"),
+        ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
         ({"vocab_size": 100_000}, "less than or equal to 65536"),
-        ({"n_layer": True}, "n_layers: expected a valid integer"),
-        ({"tie_word_embeddings": "no"}, "tied_head: expected a valid boolean"),
+        ({"n_layer": True}, "n_layer: expected a valid integer"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected a valid boolean"),
     ],
     ids=str,
 )
@@ -138,3 +140,19 @@ def test_a_switch_that_gpt2_does_not_have_is_refused_by_name(switch):
 def test_the_shell_is_no_gpt2():
     with pytest.raises(ValueError, match="shortcut=false, n_layers=0"):
         export_config(tiny_model_config(n_layers=0, shortcut=False), None)
+
+
+def test_a_tied_head_that_is_another_is_refused():
+    model = tiny_model(n_layers=1, **GPT2)
+    theirs = export_weights(arrays_of(model), model.config)
+    theirs["lm_head.weight"] = 2 * theirs["transformer.wte.weight"]
+    with pytest.raises(ValueError, match=r"lm_head.weight is not wte.weight, but config.json says that they are tied"):
+        import_weights(theirs, model.config, "a folder")
+
+
+def test_numbers_beyond_float32_are_refused():
+    model = tiny_model(n_layers=1, **GPT2)
+    theirs = export_weights(arrays_of(model), model.config)
+    theirs["transformer.ln_f.bias"] = np.full(32, 1e300)
+    with pytest.raises(ValueError, match=r"a folder: ln_f.bias: expected finite float32 numbers"):
+        import_weights(theirs, model.config, "a folder")
