@@ -23,9 +23,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 
 import manifest
+import processes
 from config import read_json
 from durable import sync, sync_tree
-from weights import check_forms, host_arrays, load_weights, match, save_weights
+from weights import check_forms, host_arrays, load_weights, match, named_arrays, save_weights
 
 NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -135,10 +136,29 @@ class HostCopy:
 
 
 def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
-    return HostCopy(host_arrays(nnx.state(model, nnx.Param)), host_arrays(nnx.state(optimizer)))
+    """Copy what a checkpoint holds; where there are several processes, the optimiser's state is left to `stage`."""
+    own = {} if processes.are_several() else host_arrays(nnx.state(optimizer))
+    return HostCopy(host_arrays(nnx.state(model, nnx.Param)), own)
 
 
-def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
+def stage(folder: Path, optimizer: nnx.Optimizer, global_step: int) -> Path | None:
+    """Write the optimiser's state of several processes, all of them together, where `save` goes on; else None."""
+    if not processes.are_several():
+        return None
+    staging = folder / f"{STAGING}iteration-{global_step}"
+    with processes.together():
+        if processes.is_first():
+            folder.mkdir(exist_ok=True)
+            remove_staging(folder)
+            staging.mkdir()
+    arrays: Any = named_arrays(nnx.state(optimizer))
+    ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), arrays)
+    return staging
+
+
+def save(
+    folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str, staged: Path | None = None
+) -> Checkpoint:
     """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`.
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
@@ -146,10 +166,11 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
     if not folder.exists():
         folder.mkdir()
         sync(folder.parent)
-    remove_staging(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
-    staging = folder / f"{STAGING}{name}"
-    staging.mkdir()
+    staging = staged or folder / f"{STAGING}{name}"
+    if staged is None:
+        remove_staging(folder)
+        staging.mkdir()
     try:
         _write(staging, state, meta, model_json)
         staging.rename(folder / name)
@@ -168,7 +189,8 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
 def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
     save_weights(folder / MODEL_FILE, state.weights, model_json)
     optimizer: Any = state.optimizer
-    ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
+    if not (folder / OPTIMIZER_FOLDER).exists():
+        ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
     (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
     manifest.write(folder)
     sync_tree(folder)
@@ -202,7 +224,11 @@ def read(checkpoint: Checkpoint) -> HostCopy:
 
 
 def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    saved: Any = ocp.load(str((checkpoint.path / OPTIMIZER_FOLDER).absolute()))
+    """Load the optimiser's state on the host, whatever devices it was saved from."""
+    path = str((checkpoint.path / OPTIMIZER_FOLDER).absolute())
+    stored: Any = ocp.metadata(path).metadata
+    on_host: Any = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
+    saved: Any = ocp.load(path, on_host)
     return saved
 
 

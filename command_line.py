@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO
 from tqdm import tqdm
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_is_quiet = False
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -58,9 +59,15 @@ class _LastingStream:
         return getattr(self._stream, name)
 
 
+def be_quiet() -> None:
+    """Say nothing from now on but errors: another process speaks for this one."""
+    global _is_quiet
+    _is_quiet = True
+
+
 def say(*lines: str) -> None:
     """Print dated lines, above the progress bar where there is one."""
-    for line in lines:
+    for line in () if _is_quiet else lines:
         tqdm.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
 

@@ -2,7 +2,8 @@
 
 import functools
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from config import MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_ste
 from tensor_files import open_tensors
 
 INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+CHECKED_AT_ONCE = 2**24  # tokens
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
 
 
@@ -22,6 +24,7 @@ class Batch(NamedTuple):
     inputs: Any  # (A, B, T), uint16
     targets: Any  # (A, B, T), uint16
     position: Any  # (2,), uint32: global step, and which microbatch of it comes first
+    wishes: Any = np.zeros(1, np.uint32)  # (devices,): what each device's process would have all do, 0 for nothing
 
 
 def count_tokens(path: Path) -> int:
@@ -50,6 +53,21 @@ def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
         ids = tensor[start:stop]
     _check_ids(path, ids, vocab_size, start)
     return jax.device_put(ids.astype(np.uint16, copy=False), jax.local_devices(backend="cpu")[0])
+
+
+def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarray:
+    """Map `count` tokens from `start` on, which are read when they are looked at; see `load_tokens`."""
+    if (available := count_tokens(path)) < start + count:
+        raise ValueError(f"{path}: expected at least {start + count:,} tokens, got {available:,}; use fewer tokens")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(header_bytes))["tokens"]
+    kind = np.dtype({"U": "<u", "I": "<i"}[tensor["dtype"][0]] + str(int(tensor["dtype"][1:]) // 8))
+    offset = 8 + header_bytes + tensor["data_offsets"][0] + start * kind.itemsize
+    ids = np.memmap(path, kind, "r", offset, (count,))
+    for first in range(0, count, CHECKED_AT_ONCE):
+        _check_ids(path, ids[first : first + CHECKED_AT_ONCE], vocab_size, start + first)
+    return ids
 
 
 def _open_tokens(path: Path) -> Any:
@@ -83,11 +101,13 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, start: int) -> None
 class TokenStream:
     """The tokens of one split that a run uses; `calls(step)` is a pure function of this and the step."""
 
-    tokens: jax.Array  # (num_tokens,), uint16, committed to host memory
+    tokens: Any  # (num_tokens,), uint16, committed to host memory; with `columns` a file that is read as it is needed
     batch_shape: tuple[int, int, int]  # K microbatches, B sequences, T positions: one global step
     objective: Literal["next-token", "a-to-a"]
     seed: int
     shuffle: bool
+    columns: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
+    _read: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
 
     @property
     def num_steps(self) -> int:
@@ -105,15 +125,28 @@ class TokenStream:
         return (chosen * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16.
+        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16, or (K, columns, T).
 
         Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
         """
         host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
-        windows = np.stack([host_tokens[first : first + length + 1] for first in self.positions(step).flat])
-        windows = windows.reshape(*self.batch_shape[:2], length + 1)
+        if self.columns is None:
+            windows = _windows(host_tokens, self.positions(step), length)
+        else:
+            epoch, step_in_epoch = divmod(step, self.num_steps)
+            windows = self._share(epoch)[step_in_epoch]
         inputs = windows[..., :-1]
         return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
+
+    def _share(self, epoch: int) -> np.ndarray:
+        """Read what this process needs of an epoch into memory, (steps, K, columns, T + 1)."""
+        if epoch not in self._read:
+            assert self.columns
+            steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)
+            positions = np.stack([self.positions(step)[:, slice(*self.columns)] for step in steps])
+            self._read.clear()
+            self._read[epoch] = _windows(self.tokens, positions, self.batch_shape[-1])
+        return self._read[epoch]
 
     def calls(self, step: int, calls_per_step: int = 1) -> list[Batch]:
         """Split the batch of a global step into the equal parts that its compiled calls consume."""
@@ -122,23 +155,36 @@ class TokenStream:
         return [Batch(inputs[i], targets[i], np.array([step, i * per_call], np.uint32)) for i in range(calls_per_step)]
 
 
+def _windows(tokens: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
+    """Cut sequences of `length` tokens and the one that follows, (…, length + 1), where they begin."""
+    windows = np.stack([tokens[first : first + length + 1] for first in positions.flat]).astype(np.uint16, copy=False)
+    return windows.reshape(*positions.shape, length + 1)
+
+
 @functools.lru_cache(maxsize=1)
 def _sequence_order(seed: int, epoch: int, num_sequences: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 
 def open_streams(
-    folder: Path, model: ModelConfig, train: TrainConfig, steps_per_epoch: int, devices: int = 1
+    folder: Path,
+    model: ModelConfig,
+    train: TrainConfig,
+    steps_per_epoch: int,
+    devices: int = 1,
+    columns: tuple[int, int] | None = None,
 ) -> tuple[TokenStream, TokenStream | None]:
     """Load what a run trains on, and what it validates on (None where there is no validation file or no wish).
 
-    Validation takes at most `val_tokens`, in whole batches of `microbatch_size` sequences.
+    With `columns` only these of the sequences of each microbatch are read into memory. Validation takes at most
+    `val_tokens`, in whole batches of `microbatch_size` sequences.
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
     count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
-    tokens = load_tokens(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
+    load = load_tokens if columns is None else map_tokens
+    tokens = load(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
-    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, columns)
     path = folder / "validation.safetensors"
     if train.val_tokens == 0 or not path.exists():
         return train_stream, None
@@ -156,12 +202,15 @@ def open_streams(
     )
 
 
-def fingerprint(tokens: jax.Array) -> str:
+def fingerprint(tokens: Any) -> str:
     """Name the content of a token range: its length and the SHA-256 of its bytes."""
-    return f"{tokens.size} tokens, sha256 {hashlib.sha256(np.asarray(tokens).data).hexdigest()}"
+    digest = hashlib.sha256()
+    for first in range(0, tokens.size, CHECKED_AT_ONCE):
+        digest.update(np.asarray(tokens)[first : first + CHECKED_AT_ONCE].astype("<u2", copy=False).data)
+    return f"{tokens.size} tokens, sha256 {digest.hexdigest()}"
 
 
-def unigram_entropy(tokens: jax.Array) -> float:
+def unigram_entropy(tokens: Any) -> float:
     """Return the entropy of the token frequencies in nats: the loss of a model that knows nothing else.
 
     Counts the first 50 million tokens.

@@ -57,8 +57,11 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     )
     padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
-    placed = jax.device_put((np.pad(inputs_MT, padding), np.pad(targets_MT, padding)), sharding)
-    return placed, len(inputs_MT)
+    inputs, targets = (
+        jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding))
+    )
+    return (inputs, targets), len(inputs_MT)
 
 
 @nnx.jit

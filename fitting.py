@@ -116,7 +116,8 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     per_call = config.gradient_accumulation_steps // config.calls_per_step
     sequences = config.microbatch_size * mesh.devices.size
     tokens = jax.ShapeDtypeStruct((per_call, sequences, model_config.context_length), np.uint16)
-    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32))
+    wishes = jax.ShapeDtypeStruct((mesh.devices.size,), np.uint32)
+    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32), wishes)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         return compile_train_step(model, optimizer, batch, key, config, mesh).bytes_needed

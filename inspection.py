@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from metrics import finite
+from processes import fetch
 from weights import named_arrays
 
 FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
@@ -21,7 +21,7 @@ def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
 
     The hashes are the same on every machine. Raises ValueError when the pattern matches nothing.
     """
-    arrays = jax.device_get(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
+    arrays = fetch(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
     return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 

@@ -18,29 +18,53 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """Whether, and by which signal, the user has asked for a stop; and whether for a checkpoint meanwhile."""
+    """Whether, and by which signal, the user has asked for a stop; and whether for a checkpoint meanwhile.
+
+    With `shared` there are several processes: then only what all of them have agreed upon counts.
+    """
 
     def __init__(self) -> None:
+        self.shared = False
         self.signal_number: int | None = None
+        self._agreed_number: int | None = None
         self._wants_save = threading.Event()
+        self._agreed_save = threading.Event()
+
+    def wish(self) -> int:
+        """Return what this process would have all do: a signal's number, or 0."""
+        if self.signal_number is not None:
+            return self.signal_number
+        if self._wants_save.is_set():
+            self._wants_save.clear()
+            return signal.SIGUSR1
+        return 0
+
+    def heed(self, wish: int) -> None:
+        """Do what any of the processes wishes, at a step at which all of them know it."""
+        if wish in EXIT_CODES:
+            self._agreed_number = wish
+        elif wish:
+            self._agreed_save.set()
 
     def ask_to_save(self) -> None:
         self._wants_save.set()
 
     def take_save_request(self) -> bool:
         """Say whether a checkpoint was asked for since the last call."""
-        if wanted := self._wants_save.is_set():
-            self._wants_save.clear()
+        event = self._agreed_save if self.shared else self._wants_save
+        if wanted := event.is_set():
+            event.clear()
         return wanted
 
     def __bool__(self) -> bool:
-        return self.signal_number is not None
+        return (self._agreed_number if self.shared else self.signal_number) is not None
 
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, 143 after SIGTERM."""
-        assert self.signal_number is not None
-        return EXIT_CODES[signal.Signals(self.signal_number)]
+        number = self._agreed_number or self.signal_number
+        assert number is not None
+        return EXIT_CODES[signal.Signals(number)]
 
 
 @contextlib.contextmanager
@@ -59,7 +83,7 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
                 request.ask_to_save()
             if received[0] not in EXIT_CODES:
                 continue
-            if request:
+            if request.signal_number is not None:
                 announce(second_message)
                 os._exit(request.exit_code)
             request.signal_number = received[0]

@@ -11,6 +11,7 @@ import command_line
 import drift
 import fitting
 import preflight
+import processes
 from attention import describe_attention
 from command_line import say
 from config import ModelConfig, TrainConfig, with_sequences_per_step
@@ -53,8 +54,9 @@ def train_or_go_on(
     stop: StopRequest,
     stopwatch: Stopwatch,
 ) -> int:
-    checkpoint, complaints = checkpointing.choose(run.checkpoints, args.from_checkpoint)
-    say(*complaints)
+    with processes.together():
+        processes.check_same({"model.json": model_config.model_dump(), "train.json": config.model_dump()})
+    checkpoint = choose_checkpoint(run, args.from_checkpoint)
     devices = 0  # on which the run has begun
     if checkpoint:
         drift.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
@@ -62,7 +64,8 @@ def train_or_go_on(
         devices = devices_at_start(config, checkpoint.meta)
         total = whole_steps(run, model_config, config, devices)
         is_finished = checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True)
-        checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
+        if processes.is_first():
+            checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
         if is_finished:
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
@@ -106,6 +109,18 @@ def train_or_go_on(
     return stop.exit_code
 
 
+def choose_checkpoint(run: RunDirectory, which: str | None) -> checkpointing.Checkpoint | None:
+    """Choose as `checkpointing.choose` does: the first process for all of them."""
+    name = None
+    with processes.together():
+        if processes.is_first():
+            chosen, complaints = checkpointing.choose(run.checkpoints, which)
+            say(*complaints)
+            name = chosen and chosen.path.name
+    name = processes.from_the_first(name)
+    return checkpointing.Checkpoint(run.checkpoints / name) if name else None
+
+
 def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     """Train to the end of the run or until a stop is asked for, and save the last step either way.
 
@@ -113,9 +128,9 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     """
     config, total, stopwatch = training.config, training.total_steps, training.stopwatch
     seed_key = jax.random.key(config.seed)
-    batch, checksum = place_batch(training)
+    batch, checksum = place_batch(training, stop.wish() if stop.shared else 0)
     in_flight: list[tuple[int, list[Report], int]] = []  # steps whose reports are still on the device
-    is_stuck, finding = False, None
+    is_stuck, finding, quiet = False, None, not processes.is_first()
     say(ABOUT_TO_STEP)
     stopwatch.turn_to("compiling")
     step = compile_train_step(training.model, training.optimizer, batch[0], seed_key, config, training.mesh)
@@ -123,7 +138,7 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
     stopwatch.turn_to("steps")
     with (
         Saver(training, lambda: bool(stop)) as saver,
-        tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True) as bar,
+        tqdm(total=total, initial=training.global_step, unit="step", dynamic_ncols=True, disable=quiet) as bar,
     ):
         if training.lacks_milestone:
             say(*saver.save(is_milestone=True))
@@ -136,11 +151,12 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
             in_flight.append((training.global_step, reports, checksum))
             if training.global_step < total:
                 with stopwatch.during("preparing data"):  # while the device works on this step
-                    batch, checksum = place_batch(training)
+                    batch, checksum = place_batch(training, stop.wish() if stop.shared else 0)
             say(*watcher.after_step(reports))
             is_due, is_wanted = at_milestone(training), stop.take_save_request()
             while len(in_flight) > (0 if is_due or is_wanted else steps_ahead()):
                 is_stuck |= finish_step(training, *in_flight.pop(0), bar)
+                stop.heed(training.wish)
             if is_due or is_wanted:
                 say(*saver.save(is_milestone=is_due))
             say(*saver.news(), *note_metrics(training))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -56,10 +57,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
     Raises ValueError when there are too few, or some would be left over.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count, fsdp = len(devices), config.fsdp
     data = count // fsdp if config.data == -1 else config.data
-    if (config.data == -1 and count % fsdp) or not 0 < data * fsdp <= count:
+    least = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
+    if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
         fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         raise ValueError(
             f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {fitting} divide; "
@@ -75,7 +77,16 @@ def one_device() -> Mesh:
 
 
 def _mesh(devices: tuple[jax.Device, ...], data: int, fsdp: int) -> Mesh:
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def own_columns(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
+    """Say which sequences of a microbatch over all devices are this process's; None when all are."""
+    if jax.process_count() == 1:
+        return None
+    ours = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    assert ours == list(range(ours[0], ours[-1] + 1)), "a process's devices follow one another"
+    return ours[0] * per_device, (ours[-1] + 1) * per_device
 
 
 def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

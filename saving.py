@@ -13,15 +13,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
+import jax
+from flax import nnx
+
 import charts
 import checkpointing
 import metrics
+import processes
 import samples
 import tokenizer
 from evaluation import compile_for, mean_loss
 from generation import generate
+from model import GPTModel
 from steps import Compiled
 from training import Training, at_milestone, period_start, write_metrics
+from weights import host_arrays
 
 SAMPLE_TOKENS = 20
 LASTING = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}  # trying again will not help
@@ -65,7 +71,8 @@ class Saver:
                     lines += sample_lines
                 training.lacks_milestone = at_milestone(training) and not is_milestone
                 write_metrics(training, durable=True)
-                job = self._job(describe_period(training, is_milestone), prune)
+                meta = describe_period(training, is_milestone) if processes.is_first() else {}
+                job = self._job(meta, prune)
             except OSError as error:
                 return lines + self._failed(error)
             self._pending = self._writer.submit(job)
@@ -118,11 +125,11 @@ class Saver:
             if loss is None:
                 return False, []
             record["val_loss"] = metrics.finite(loss)
-            if training.num_written == len(training.records):  # made up for on resume
+            if processes.is_first() and training.num_written == len(training.records):  # made up for on resume
                 metrics.rewrite(training.run.metrics, training.records)
         with training.stopwatch.during("samples"):
             text = sample(training)
-        if text:
+        if text and processes.is_first():
             samples.append(training.run.samples, training.global_step, text)
         self._measured_step = training.global_step
         return True, [f"sample: {text}"] if text else []
@@ -131,11 +138,14 @@ class Saver:
         """Copy what a checkpoint needs, and return the work that is left for the thread."""
         training, run = self._training, self._training.run
         state = checkpointing.copy_to_host(training.model, training.optimizer)
+        staged = checkpointing.stage(run.checkpoints, training.optimizer, training.global_step)
         model_json, records = training.model_config.model_dump_json(), list(training.records)
 
         def write() -> list[str]:
+            if not processes.is_first():
+                return []
             started = time.monotonic()
-            checkpoint = checkpointing.save(run.checkpoints, state, meta, model_json)
+            checkpoint = checkpointing.save(run.checkpoints, state, meta, model_json, staged)
             lines = [_describe(meta, checkpoint, time.monotonic() - started)]
             try:
                 checkpointing.settle(run.checkpoints, training.config.keep_checkpoints if prune else None)
@@ -211,8 +221,19 @@ def sample(training: Training) -> str | None:
     if not tokenizer.is_gpt2(training.model_config.vocab_size):
         return None
     prompt = training.config.sample_prompt
-    [completion] = generate(training.model, tokenizer.encode(prompt), SAMPLE_TOKENS)
+    model = training.model if training.mesh.devices.size == 1 else on_one_device(training.model)
+    if not processes.is_first():
+        return None
+    [completion] = generate(model, tokenizer.encode(prompt), SAMPLE_TOKENS)
     return prompt + tokenizer.decode(completion.tolist())
+
+
+def on_one_device(model: GPTModel) -> GPTModel:
+    """Return a copy of a model on this process's first device alone; to be called by all processes."""
+    graph, params = nnx.split(model, nnx.Param)
+    arrays = host_arrays(params)
+    paths = [path for path, _ in nnx.to_flat_state(params)]
+    return nnx.merge(graph, nnx.from_flat_state(zip(paths, jax.device_put(list(arrays.values())), strict=True)))
 
 
 def draw_charts(training: Training, records: list[metrics.Record]) -> None:

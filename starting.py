@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 import checkpointing
 import drift
 import manifest
+import processes
 import samples
 from config import ModelConfig, TrainConfig, load_config, parse_config, steps_per_epoch
 from data import count_tokens, fingerprint, open_streams, unigram_entropy
 from data_description import recorded_leakage
 from dataset_sources import dataset_folder, dataset_revision
-from mesh import place
+from mesh import own_columns, place
 from model import create_model
 from optimizer import make_optimizer
 from run_directory import RunDirectory
@@ -92,16 +93,19 @@ def set_up(
     `config` has as many microbatches as the mesh takes, `given` what train.json says.
     """
     folder = dataset_folder(config.dataset)
-    train_stream, val_stream = open_streams(folder, model_config, config, total // config.epochs, mesh.devices.size)
+    columns = own_columns(mesh, config.microbatch_size)
+    steps = total // config.epochs
+    train_stream, val_stream = open_streams(folder, model_config, config, steps, mesh.devices.size, columns)
     uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
     landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
     if unigram < uniform - 0.05:
         landmarks["unigram entropy of the data"] = unigram
     prints = {
-        "train": fingerprint(train_stream.tokens),
+        "train": fingerprint(train_stream.tokens) if processes.is_first() else None,
         "validation": fingerprint(val_stream.tokens) if val_stream else None,
         "revision": dataset_revision(folder),
     }
+    prints = processes.from_the_first(prints)
     model = create_model(model_config, config.seed, config.drop_rate, config.precision)
     place(model, mesh)
     optimizer = make_optimizer(model, config, total)
@@ -153,15 +157,19 @@ def go_on_from(
     training.seconds_before = checkpoint.meta["seconds_trained"]
     training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
     if commit_again:
-        state = checkpointing.copy_to_host(training.model, training.optimizer)
         meta = checkpoint.meta | training.snapshot
-        checkpointing.save(training.run.checkpoints, state, meta, training.model_config.model_dump_json())
+        state = checkpointing.copy_to_host(training.model, training.optimizer)
+        staged = checkpointing.stage(training.run.checkpoints, training.optimizer, checkpoint.global_step)
+        if processes.is_first():
+            model_json = training.model_config.model_dump_json()
+            checkpointing.save(training.run.checkpoints, state, meta, model_json, staged)
     cut_after(training, checkpoint.global_step)
     was_broken_off = not checkpoint.meta.get("is_milestone", True)
     steps = [record["global_step"] for record in training.records]
     has_record = checkpoint.global_step in steps[-1:]
-    training.lacks_milestone = was_broken_off and at_milestone(training) and has_record
-    if training.lacks_milestone:  # its sample comes once more
+    lacks_milestone = was_broken_off and at_milestone(training) and has_record
+    training.lacks_milestone = processes.from_the_first(lacks_milestone)
+    if training.lacks_milestone and processes.is_first():  # its sample comes once more
         samples.cut_after(training.run.samples, checkpoint.global_step - 1)
     lines = [f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}"]
     if steps != list(range(1, checkpoint.global_step + 1)):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -35,8 +36,8 @@ def train_step(
 ) -> dict[str, Any]:
     """Train on the microbatches of one call; the last call of a global step updates the parameters.
 
-    Returns the mean `loss` of the call, what `optimizer.update_report` says after it, and `evidence` for the case that
-    the update was rejected; all on the device.
+    Returns the mean `loss` of the call, what `optimizer.update_report` says after it, `evidence` for the case that the
+    update was rejected, and the largest `wish` of all devices; all on the device.
     """
     mesh = mesh or one_device()
     loss, grads, losses_A = mean_gradient(model, batch, seed_key, config.loss_rows_per_chunk, mesh)
@@ -44,7 +45,9 @@ def train_step(
     for module in (model, optimizer):  # what comes out lies where it came from
         state = nnx.state(module)
         nnx.update(module, jax.lax.with_sharding_constraint(state, array_shardings(state, mesh)))
-    return {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads)}
+    wish = batch.wishes.max()
+    report = {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads), "wish": wish}
+    return jax.lax.with_sharding_constraint(report, NamedSharding(mesh, PartitionSpec()))
 
 
 @partial(nnx.jit, static_argnames="mesh")
@@ -105,10 +108,18 @@ def compile_eval_step(
     return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT, mesh)
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Put the arrays of a call on the devices: each gets its sequences of every microbatch."""
-    sequences, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec(None, AXES), PartitionSpec()))
-    return jax.device_put(batch, Batch(sequences, sequences, everywhere))
+def place_batch(batch: Batch, mesh: Mesh, wish: int = 0) -> Batch:
+    """Put the arrays of a call on the devices: each gets its sequences of every microbatch, and this process's wish.
+
+    Every process brings the sequences of its own devices.
+    """
+    own_devices = len(mesh.local_devices)
+    batch = batch._replace(wishes=np.full(own_devices, wish, np.uint32))
+    sequences = PartitionSpec(None, AXES)
+    specs = Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES))
+    return Batch(
+        *(jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array) for array, spec in zip(batch, specs))
+    )
 
 
 def steps_ahead() -> int:
@@ -158,7 +169,7 @@ def mean_gradient(
 
     specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
     sequences = PartitionSpec(None, AXES)
-    given = [Batch(sequences, sequences, PartitionSpec()), PartitionSpec()]
+    given = [Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES)), PartitionSpec()]
     return _over(mesh, on_device, given, (PartitionSpec(), specs, PartitionSpec()))(params, batch, seed_key)
 
 

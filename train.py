@@ -5,6 +5,7 @@ once.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import traceback
@@ -36,9 +37,14 @@ def main(args: argparse.Namespace) -> int:
     run = RunDirectory(args.run)
     run.check()
     runs = find_runs(args.run)
+    stop = StopRequest()
+    if args.distributed:
+        meet(args, stop)
+    elif args.coordinator or args.processes is not None or args.process is not None:
+        raise ValueError("--coordinator, --processes and --process: go with --distributed")
     if run.train_config.exists() or not runs:
-        return train_one(run, args, StopRequest())
-    return train_all(runs, args)
+        return train_one(run, args, stop)
+    return train_all(runs, args, stop)
 
 
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
@@ -48,7 +54,7 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
     try:
         if args.instead:
             return args.instead(run, model_config, config)
-        with run.lock():
+        with locked(run, args):
             from loop import train_or_go_on
 
             return train_or_go_on(run, model_config, config, args, stop, stopwatch)
@@ -59,6 +65,36 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
 
         traceback.clear_frames(error.__traceback__)  # which hold the model
         raise ValueError(fitting.advice(model_config, config, str(error))) from error
+
+
+def locked(run: RunDirectory, args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Hold the run for this process, or for all of those that train it together."""
+    if not args.distributed:
+        return run.lock()
+    from processes import by_the_first
+
+    return by_the_first(run.lock())
+
+
+def meet(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Meet the other processes of a run; all but the first one are quiet from now on."""
+    by_hand = (args.coordinator, args.processes, args.process)
+    if None in by_hand and by_hand != (None, None, None):
+        raise ValueError("--distributed: expected all of --coordinator, --processes and --process, or none of them")
+    if args.coordinator is not None:
+        host, _, port = args.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError(f"--coordinator: expected HOST:PORT, got {args.coordinator}")
+        if not 0 <= args.process < args.processes:
+            raise ValueError(
+                f"--process: expected a number from 0 to --processes - 1, got {args.process} of {args.processes}"
+            )
+    from processes import is_first, join
+
+    join(*by_hand)
+    stop.shared = True
+    if not is_first():
+        command_line.be_quiet()
 
 
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
@@ -100,13 +136,13 @@ def overfit_one_batch(run: RunDirectory, model_config: ModelConfig, config: Trai
     return command_line.DONE
 
 
-def train_all(runs: list[RunDirectory], args: argparse.Namespace) -> int:
+def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequest) -> int:
     """Train the runs of a folder one after the other, and compare them; one that fails does not stop the others."""
     if args.from_checkpoint:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
     for run in runs:  # a typing error in the last one should not show after hours
         load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
-    failed, stop = False, StopRequest()
+    failed = False
     for number, run in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {run.path}")
         try:
@@ -168,6 +204,14 @@ def make_parser() -> command_line.ArgumentParser:
     parser.add_argument(
         "--no-compilation-cache", action="store_true", help="compile anew, and do not keep it for the next start"
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that train the run together: found under SLURM, Open MPI, Kubernetes, torchrun",
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process listens, to say it by hand")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     instead = parser.add_mutually_exclusive_group()
     for option, function, text in (
         ("--check", describe, "print what the run will be and need"),

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import metrics
+import processes
 import samples
 import steps
 from config import ModelConfig, TrainConfig, tokens_per_global_step
@@ -50,6 +51,7 @@ class Training:
     seconds_before: float = 0.0  # trained by earlier processes
     seconds_paused: float = 0.0  # waited for checkpoints, by earlier processes too
     paused: float = 0.0  # the part of it that no record has yet
+    wish: int = 0  # of any process, as the last step that was waited for has brought it to all
     lacks_milestone: bool = False  # the newest checkpoint should have been validated, but the user wanted to leave
     started: float = field(default_factory=time.monotonic)
     records: list[metrics.Record] = field(default_factory=list)
@@ -74,7 +76,8 @@ class Training:
 
 def write_metrics(training: Training, *, durable: bool = False) -> None:
     """Append the records that are not in the file yet; after an OSError they are still to be written."""
-    metrics.append(training.run.metrics, training.records[training.num_written :], durable=durable)
+    if processes.is_first():
+        metrics.append(training.run.metrics, training.records[training.num_written :], durable=durable)
     training.num_written = len(training.records)
 
 
@@ -90,9 +93,11 @@ def note_metrics(training: Training) -> list[str]:
 
 
 def cut_after(training: Training, global_step: int) -> None:
-    training.records = metrics.cut_after(training.run.metrics, global_step)
-    training.num_written = len(training.records)
-    samples.cut_after(training.run.samples, global_step)
+    """Forget what is known of later steps; only the first process knows anything."""
+    if processes.is_first():
+        training.records = metrics.cut_after(training.run.metrics, global_step)
+        training.num_written = len(training.records)
+        samples.cut_after(training.run.samples, global_step)
 
 
 def note_rejection(training: Training, step: int, evidence: list[dict[str, np.ndarray]]) -> str:
@@ -105,6 +110,8 @@ def note_rejection(training: Training, step: int, evidence: list[dict[str, np.nd
     positions_KB = training.config.start_train_token + training.train_stream.positions(step - 1)
     known = describe_rejection(step, list(parameters), evidence, bad_parameters, positions_KB)
     path = training.run.rejected(step)
+    if not processes.is_first():
+        return ""
     temporary = path.with_suffix(".json.tmp")
     try:
         temporary.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
@@ -121,7 +128,7 @@ def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def set_history_aside(training: Training) -> list[str]:
     """Keep the metrics and samples of a run whose checkpoints are gone; return what there is to say."""
-    run, records = training.run, metrics.read(training.run.metrics)
+    run, records = training.run, metrics.read(training.run.metrics) if processes.is_first() else []
     if not records or records[-1]["global_step"] <= 2 * training.config.checkpoint_interval:
         return []  # it was killed before its first checkpoint
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -141,13 +148,16 @@ def at_milestone(training: Training) -> bool:
     return training.global_step in (training.total_steps, period_start(training) + training.config.checkpoint_interval)
 
 
-def place_batch(training: Training) -> tuple[list[Batch], int]:
-    """Put the arrays of the coming global step on the device, a batch per compiled call; also return their CRC-32."""
+def place_batch(training: Training, wish: int = 0) -> tuple[list[Batch], int]:
+    """Put the arrays of the coming global step on the devices, a batch per compiled call, with this process's wish.
+
+    Also return the CRC-32 of the tokens that this process has brought.
+    """
     calls = training.train_stream.calls(training.global_step, training.config.calls_per_step)
     checksum = 0
     for batch in calls:
         checksum = zlib.crc32(batch.targets.tobytes(), zlib.crc32(batch.inputs.tobytes(), checksum))
-    return [steps.place_batch(batch, training.mesh) for batch in calls], checksum
+    return [steps.place_batch(batch, training.mesh, wish) for batch in calls], checksum
 
 
 def mean_of_calls(reports: list[Report]) -> float:
@@ -159,6 +169,7 @@ def collect(training: Training, step: int, reports: list[Report], data_crc32: in
     host_reports = jax.device_get(reports)
     now = time.monotonic()
     evidence = [report.pop("evidence") for report in host_reports]
+    training.wish = max(int(report.pop("wish")) for report in host_reports)
     record: metrics.Record = {
         "global_step": step,
         **{name: value.item() for name, value in host_reports[-1].items()},

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from config import LARGEST_JSON_BYTES
+from processes import fetch
 from tensor_files import open_tensors
 
 FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -86,7 +87,7 @@ def named_arrays(state: nnx.State) -> dict[str, Any]:
 
 def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
     """Copy the arrays of a state to the host, by dot-joined paths; what is donated later does not change them."""
-    arrays = jax.device_get(named_arrays(state))
+    arrays = fetch(named_arrays(state))
     return {name: np.array(array, order="C", copy=True) for name, array in arrays.items()}  # on a CPU, else a view
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import command_line
 import metrics
-from checkpointing import find_checkpoints, verify
+from checkpointing import find_checkpoints, read, verify
 from config import ModelConfig, TrainConfig
 from dropout import Dropout
 from model import GPTModel
@@ -158,7 +157,7 @@ def final_state(run):
     verify(newest)
     return {
         "parameters": load_file(newest.path / "model.safetensors"),
-        "optimizer": ocp.load(str(newest.path / "optimizer")),
+        "optimizer": read(newest).optimizer,
         "metrics": without_times(run),
         "samples": (run / "samples.txt").read_text() if (run / "samples.txt").exists() else "",
         "step": newest.global_step,

@@ -247,7 +247,6 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         (TrainConfig, "keep_checkpoints", 0),
         (TrainConfig, "max_consecutive_rejections", 0),
         (TrainConfig, "sample_prompt", ""),
-        (TrainConfig, "mesh.data", 2),
         (TrainConfig, "mesh.data", -2),
         (TrainConfig, "mesh.fsdp", 0),
     ],

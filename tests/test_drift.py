@@ -70,7 +70,7 @@ def test_all_fatal_changes_are_named_at_once(saved):
     [
         ({"learning_rate": 0.02}, "learning_rate: 0.01 → 0.02"),
         ({"precision": "bfloat16"}, 'precision: "float32" → "bfloat16"'),
-        ({"mesh": {"data": 1}}, 'mesh: {"data": -1, "fsdp": 1} → {"data": 1, "fsdp": 1}'),
+        ({"drop_rate": 0.5}, "drop_rate: 0.0 → 0.5"),
     ],
 )
 def test_an_announced_change_needs_to_be_accepted(saved, train, change):
@@ -83,6 +83,8 @@ def test_an_announced_change_needs_to_be_accepted(saved, train, change):
 
 def test_a_free_change_is_only_reported(saved):
     assert check(saved, train={"checkpoint_interval": 7}) == ["since the checkpoint: checkpoint_interval: 5 → 7"]
+    [line] = check(saved, train={"mesh": {"data": 4}})
+    assert line.endswith('→ {"data": 4, "fsdp": 1}')
 
 
 def test_another_version_is_reported(saved):

@@ -201,6 +201,6 @@ def test_each_step_is_traced_once_in_a_run(train, make_run, monkeypatch):
 
     jax.clear_caches()
     count("mean_gradient")  # of the training step
-    count("model_loss")  # of the evaluation step
+    count("fused_losses")  # of the evaluation step
     assert train(make_run()).returncode == 0
-    assert sorted(traces) == ["mean_gradient", "model_loss"]
+    assert sorted(traces) == ["fused_losses", "mean_gradient"]

@@ -1,0 +1,142 @@
+"""Several processes that train one run: how they find each other, and how they stay of one mind.
+
+They are JAX's (https://docs.jax.dev/en/latest/multi_process.html): each runs the same program on its own devices, and
+the first of them alone writes files and speaks.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+START_SECONDS = 60  # within which all processes must have come
+SILENT_SECONDS = 30  # after which a process that is not heard of counts as dead
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Meet the other processes of the run, before JAX starts its devices.
+
+    Without arguments they are found by torchrun's variables, or by JAX itself under SLURM, Open MPI and Kubernetes.
+    Raises ValueError when they cannot be found, or do not come in time.
+    """
+    options: dict[str, Any] = {}
+    if coordinator is not None:
+        options = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    elif torchrun := _torchrun(os.environ):
+        options = torchrun
+    where = options.get("coordinator_address", "an address that the environment names")
+    remedy = "start all of them, and check --coordinator HOST:PORT, --processes and --process"
+    complaint = f"--distributed: the processes did not meet at {where} within {START_SECONDS} s"
+
+    def give_up() -> None:  # before JAX does, which would end this process with a trace of C++
+        print(f"error: {complaint}; {remedy}", file=sys.stderr, flush=True)
+        os._exit(2)  # the user can mend it
+
+    timer = threading.Timer(START_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=2 * START_SECONDS,
+            heartbeat_timeout_seconds=SILENT_SECONDS,
+            shutdown_timeout_seconds=SILENT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"{complaint} ({told}); {remedy}") from None
+    finally:
+        timer.cancel()
+
+
+def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what torchrun's variables say; its own store listens at MASTER_PORT, so we take the next one."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+    if not all(name in environment for name in names):
+        return {}
+    address, port, processes, process, local = (environment[name] for name in names)
+    if not all(number.isdecimal() for number in (port, processes, process, local)):
+        raise ValueError(f"--distributed: expected numbers in {', '.join(names[1:])}, as torchrun sets them")
+    return {
+        "coordinator_address": f"{address}:{int(port) + 1}",
+        "num_processes": int(processes),
+        "process_id": int(process),
+        "local_device_ids": [int(local)],
+    }
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def are_several() -> bool:
+    return jax.process_count() > 1
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Let what fails in one process fail in all of them, instead of leaving the others to wait."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if are_several():
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
+        if failure is None and len(failed):
+            raise RuntimeError(f"process {failed[0]} of {jax.process_count()} has failed, and says why")
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def by_the_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter a context in the first process only; where that fails, all fail."""
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(context)
+        yield
+
+
+def from_the_first(value: Any) -> Any:
+    """Return the first process's value, which JSON can hold, in all of them."""
+    if not are_several():
+        return value
+    content = json.dumps(value).encode() if is_first() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(content), np.int32)))
+    padded = np.frombuffer(content.ljust(length), np.uint8) if is_first() else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+
+
+def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError that names the first key in which this process's configs, by file, differ from the first's."""
+    for file, theirs in from_the_first({file: dict(config) for file, config in configs.items()}).items():
+        ours = json.loads(json.dumps(dict(configs[file])))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{file}: {key} is {json.dumps(ours.get(key))} in process {jax.process_index()}, but "
+                    f"{json.dumps(theirs.get(key))} in process 0; all need the same files"
+                )
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until all processes have come here."""
+    if are_several():
+        multihost_utils.sync_global_devices(name)
+
+
+def fetch(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Copy arrays to the host of every process, also those that are spread over several."""
+    spread = {name for name, x in arrays.items() if not (x.is_fully_addressable or x.is_fully_replicated)}
+    whole = jax.device_get({name: array for name, array in arrays.items() if name not in spread})
+    gathered = {name: multihost_utils.process_allgather(arrays[name], tiled=True) for name in sorted(spread)}
+    return {name: np.asarray(whole[name] if name in whole else gathered[name]) for name in arrays}
