@@ -181,7 +181,8 @@ def finish_step(training: Training, step: int, reports: list[Report], checksum: 
     say(*lines)
     loss = math.nan if record["loss"] is None else record["loss"]
     speed = tokens_per_second(training)
-    share = mfu(speed, training.model_config, device_kind(), training.config.precision)
+    speed_of_one = speed / training.mesh.devices.size
+    share = mfu(speed_of_one, training.model_config, device_kind(), training.config.precision)
     shown_share = f", MFU {share:.1%}" if share else ""
     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{shown_share}", refresh=False)
     bar.update()

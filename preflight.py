@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
 from flops import FORMULA, flops_per_token
 from loss import chunk_size
-from mesh import describe_mesh, one_device
+from mesh import FSDP, describe_mesh, one_device
 from model import GPTModel, count_parameters
 from run_directory import RunDirectory
 from weights import named_arrays
@@ -55,7 +55,7 @@ def describe(
     if leaked_share is not None:
         lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, by data.json")
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
-    lines.append(_memory(model, train, parameters))
+    lines.append(_memory(model, train, parameters, mesh.shape[FSDP]))
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
 
@@ -67,9 +67,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name.replace("blocks.0.", "blocks.*."): array.shape for name, array in named_arrays(state).items()}
 
 
-def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:
-    """Estimate device memory: the state exactly, the activations of a microbatch as an upper guess."""
-    copies = 4 + (train.calls_per_step > 1)  # parameters, two moments, gradient; MultiSteps' accumulator
+def _memory(model: ModelConfig, train: TrainConfig, parameters: int, fsdp: int) -> str:
+    """Estimate a device's memory: the state exactly, the activations of a microbatch as an upper guess."""
+    spread = 3 + (train.microbatches_per_call is not None)  # parameters, two moments; MultiSteps' accumulator
+    copies = 1 + spread / fsdp + (fsdp > 1)  # and whole: the gradient, and what is gathered of the parameters
     copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean
     positions = train.microbatch_size * model.context_length
     rows = min(positions, chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
@@ -84,7 +85,7 @@ def _memory(model: ModelConfig, train: TrainConfig, parameters: int) -> str:
 
 
 def _disk(run: RunDirectory, train: TrainConfig, parameters: int) -> str:
-    copies = 4 if train.calls_per_step > 1 else 3  # as above, without the gradient
+    copies = 3 + (train.microbatches_per_call is not None)  # as above, without the gradient
     checkpoint = 4 * copies * parameters
     free = shutil.disk_usage(run.path).free
     if train.keep_checkpoints is None:

@@ -70,11 +70,15 @@ def main(args: argparse.Namespace) -> int:
 def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
     """Write a run folder with the configs of `run`, `steps` global steps long, and a checkpoint every few steps."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
+    mesh = {"data": 1, "fsdp": config.mesh.fsdp}
     train = config.model_dump() | {
-        "min_train_tokens": steps * tokens_per_global_step(model_config, config),
+        "mesh": mesh,
+        "min_train_tokens": steps * tokens_per_global_step(model_config, config, config.mesh.fsdp),
         "epochs": 1,
         "checkpoint_interval": max(1, steps // CHECKPOINTS),
     }
+    if config.initial_weights is not None and (own := run.path / config.initial_weights).is_file():
+        train["initial_weights"] = str(own.absolute())
     twin = RunDirectory(folder)
     folder.mkdir()
     twin.model_config.write_bytes(run.model_config.read_bytes())
