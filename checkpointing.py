@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,12 +149,30 @@ def stage(folder: Path, optimizer: nnx.Optimizer, global_step: int) -> Path | No
     staging = folder / f"{STAGING}iteration-{global_step}"
     with processes.together():
         if processes.is_first():
-            folder.mkdir(exist_ok=True)
+            _make(folder)
             remove_staging(folder)
             staging.mkdir()
     arrays: Any = named_arrays(nnx.state(optimizer))
-    ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), arrays)
+    with processes.together(), _told_by_the_system(staging):
+        ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), arrays)
     return staging
+
+
+def _make(folder: Path) -> None:
+    if not folder.exists():
+        folder.mkdir()
+        sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _told_by_the_system(path: Path) -> Iterator[None]:
+    """Raise OSError for what the libraries' native code says of the disk."""
+    try:
+        yield
+    except Exception as error:
+        if number := SYSTEM_ERROR.search(str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 def save(
@@ -163,22 +182,18 @@ def save(
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
-    if not folder.exists():
-        folder.mkdir()
-        sync(folder.parent)
+    _make(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
     staging = staged or folder / f"{STAGING}{name}"
     if staged is None:
         remove_staging(folder)
         staging.mkdir()
     try:
-        _write(staging, state, meta, model_json)
-        staging.rename(folder / name)
-    except BaseException as error:
+        with _told_by_the_system(staging):
+            _write(staging, state, meta, model_json)
+            staging.rename(folder / name)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if match_number := isinstance(error, Exception) and SYSTEM_ERROR.search(str(error)):
-            number = int(match_number[1])  # what the libraries' native code says of the disk
-            raise OSError(number, os.strerror(number), str(staging)) from error
         raise
     with contextlib.suppress(OSError):  # it is committed; who settles the folder hears of a failure
         sync(folder)

@@ -65,6 +65,10 @@ def be_quiet() -> None:
     _is_quiet = True
 
 
+def is_quiet() -> bool:
+    return _is_quiet
+
+
 def say(*lines: str) -> None:
     """Print dated lines, above the progress bar where there is one."""
     for line in () if _is_quiet else lines:

@@ -55,7 +55,9 @@ def train_or_go_on(
     stopwatch: Stopwatch,
 ) -> int:
     with processes.together():
-        processes.check_same({"model.json": model_config.model_dump(), "train.json": config.model_dump()})
+        told = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
+        configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
+        processes.check_same(configs | {"the command line": told})
     checkpoint = choose_checkpoint(run, args.from_checkpoint)
     devices = 0  # on which the run has begun
     if checkpoint:
@@ -64,8 +66,9 @@ def train_or_go_on(
         devices = devices_at_start(config, checkpoint.meta)
         total = whole_steps(run, model_config, config, devices)
         is_finished = checkpoint.global_step == total and checkpoint.meta.get("is_milestone", True)
-        if processes.is_first():
-            checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
+        with processes.together():
+            if processes.is_first():
+                checkpointing.settle(run.checkpoints, config.keep_checkpoints if is_finished else None)
         if is_finished:
             say(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
             return command_line.DONE
@@ -88,8 +91,9 @@ def train_or_go_on(
         from_one, accept = args.from_checkpoint is not None, args.accept_changes
         say(*go_on_from(checkpoint, training, accept=accept, commit_again=from_one))
     else:
-        say(*start_from_weights(training), *set_history_aside(training))
-        cut_after(training, 0)
+        with processes.together():
+            say(*start_from_weights(training), *set_history_aside(training))
+            cut_after(training, 0)
     resume_line = f"uv run train.py {args.run}"
     with listening(
         stop,
@@ -97,6 +101,7 @@ def train_or_go_on(
         f"left at once; to go on from the last checkpoint: {resume_line}",
     ):
         train(training, stop, watcher)
+        stop.heed(processes.largest(stop.wish() if stop.shared else 0))  # what came too late for the last step
     say(stopwatch.describe())
     if training.global_step == total and not training.lacks_milestone:
         share = training.seconds_paused / training.seconds

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compilation_cache import keep_compiled
 from config import MeshConfig
+from processes import put
 
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 DATA, FSDP = AXES = ("data", "fsdp")
@@ -110,7 +111,7 @@ def array_shardings(state: Any, mesh: Mesh) -> Any:
 def place(module: Any, mesh: Mesh) -> None:
     """Move the arrays of a model or an optimiser to where the rule has them."""
     state = nnx.state(module)
-    nnx.update(module, jax.device_put(state, array_shardings(state, mesh)))
+    nnx.update(module, jax.tree.map(put, state, array_shardings(state, mesh)))
 
 
 def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:

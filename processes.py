@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+OTHER_ERROR = -1
 START_SECONDS = 60  # within which all processes must have come
 SILENT_SECONDS = 30  # after which a process that is not heard of counts as dead
 
@@ -73,27 +74,50 @@ def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def is_first() -> bool:
-    return jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
 
 
 def are_several() -> bool:
-    return jax.process_count() > 1
+    """Say whether others have joined; a process on its own does not start JAX's devices for the answer."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Let what fails in one process fail in all of them, instead of leaving the others to wait."""
+    """Let what fails in one process fail in all of them, instead of leaving the others to wait.
+
+    An OSError is one in all, with the same number, so that all may go on in the same way. Nothing in the block may wait
+    for the other processes.
+    """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
     if are_several():
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
-        if failure is None and len(failed):
-            raise RuntimeError(f"process {failed[0]} of {jax.process_count()} has failed, and says why")
+        number = failure.errno or OTHER_ERROR if isinstance(failure, OSError) else OTHER_ERROR
+        numbers = multihost_utils.process_allgather(np.array(number if failure is not None else 0))
+        if failure is None and numbers.any():
+            first = int(np.flatnonzero(numbers)[0])
+            who = f"process {first} of {jax.process_count()} has failed"
+            if numbers[first] != OTHER_ERROR:
+                raise OSError(int(numbers[first]), f"{who}: {os.strerror(int(numbers[first]))}")
+            raise RuntimeError(f"{who}, and says why")
     if failure is not None:
         raise failure
+
+
+def largest(number: int) -> int:
+    """Return the largest number that any of the processes has."""
+    return int(multihost_utils.process_allgather(np.array(number)).max()) if are_several() else number
+
+
+def put(array: Any, sharding: Any) -> jax.Array:
+    """Put an array that every process has on the devices; each brings the parts of its own."""
+    if not are_several() or sharding is None:
+        return jax.device_put(array, sharding)
+    on_host = np.asarray(array)
+    return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
 
 
 @contextlib.contextmanager

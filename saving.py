@@ -70,8 +70,9 @@ class Saver:
                     is_milestone, sample_lines = self._measure()
                     lines += sample_lines
                 training.lacks_milestone = at_milestone(training) and not is_milestone
-                write_metrics(training, durable=True)
-                meta = describe_period(training, is_milestone) if processes.is_first() else {}
+                with processes.together():
+                    write_metrics(training, durable=True)
+                    meta = describe_period(training, is_milestone) if processes.is_first() else {}
                 job = self._job(meta, prune)
             except OSError as error:
                 return lines + self._failed(error)
@@ -79,8 +80,9 @@ class Saver:
         return lines
 
     def news(self) -> list[str]:
-        """Look whether a write has ended meanwhile, without waiting."""
-        return self._wait() if self._pending and self._pending.done() else []
+        """Look whether a write has ended meanwhile, without waiting; of several processes all look later, together."""
+        is_done = self._pending and self._pending.done() and not processes.are_several()
+        return self._wait() if is_done else []
 
     def finish(self, *, is_milestone: bool, prune: bool = True) -> list[str]:
         """Have the present step on the disk before returning; tries a few times."""
@@ -111,7 +113,8 @@ class Saver:
 
     def _measure(self) -> tuple[bool, list[str]]:
         """Validate and sample, once a step; False when the user wants to leave before that is done."""
-        training, record = self._training, self._training.records[-1]
+        training = self._training
+        record = training.records[-1] if training.records else {}  # only the first process keeps those of before
         if self._measured_step == training.global_step:
             return True, []
         if self._stop():
@@ -125,12 +128,14 @@ class Saver:
             if loss is None:
                 return False, []
             record["val_loss"] = metrics.finite(loss)
-            if processes.is_first() and training.num_written == len(training.records):  # made up for on resume
-                metrics.rewrite(training.run.metrics, training.records)
+            with processes.together():
+                if processes.is_first() and training.num_written == len(training.records):  # made up for on resume
+                    metrics.rewrite(training.run.metrics, training.records)
         with training.stopwatch.during("samples"):
             text = sample(training)
-        if text and processes.is_first():
-            samples.append(training.run.samples, training.global_step, text)
+        with processes.together():
+            if text:
+                samples.append(training.run.samples, training.global_step, text)
         self._measured_step = training.global_step
         return True, [f"sample: {text}"] if text else []
 
@@ -161,7 +166,7 @@ class Saver:
             return []
         pending, self._pending = self._pending, None
         try:
-            with self._pause():
+            with self._pause(), processes.together():
                 lines = pending.result()
         except OSError as error:
             return self._failed(error, raising=raising)

@@ -92,10 +92,11 @@ def set_up(
 
     `config` has as many microbatches as the mesh takes, `given` what train.json says.
     """
-    folder = dataset_folder(config.dataset)
-    columns = own_columns(mesh, config.microbatch_size)
-    steps = total // config.epochs
-    train_stream, val_stream = open_streams(folder, model_config, config, steps, mesh.devices.size, columns)
+    with processes.together():
+        folder = dataset_folder(config.dataset)
+        columns = own_columns(mesh, config.microbatch_size)
+        steps = total // config.epochs
+        train_stream, val_stream = open_streams(folder, model_config, config, steps, mesh.devices.size, columns)
     uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
     landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
     if unigram < uniform - 0.05:
@@ -152,7 +153,8 @@ def go_on_from(
     `accept` other validation tokens; `commit_again` makes it the newest, so that the next start goes on from it too.
     """
     drift.check_data(checkpoint.meta, training.snapshot["data"], accept=accept)
-    checkpointing.load(checkpoint, training.model, training.optimizer)
+    with processes.together():
+        checkpointing.load(checkpoint, training.model, training.optimizer)
     training.global_step = training.saved_step = checkpoint.global_step
     training.seconds_before = checkpoint.meta["seconds_trained"]
     training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
@@ -160,10 +162,12 @@ def go_on_from(
         meta = checkpoint.meta | training.snapshot
         state = checkpointing.copy_to_host(training.model, training.optimizer)
         staged = checkpointing.stage(training.run.checkpoints, training.optimizer, checkpoint.global_step)
-        if processes.is_first():
-            model_json = training.model_config.model_dump_json()
-            checkpointing.save(training.run.checkpoints, state, meta, model_json, staged)
-    cut_after(training, checkpoint.global_step)
+        model_json = training.model_config.model_dump_json()
+        with processes.together():
+            if processes.is_first():
+                checkpointing.save(training.run.checkpoints, state, meta, model_json, staged)
+    with processes.together():
+        cut_after(training, checkpoint.global_step)
     was_broken_off = not checkpoint.meta.get("is_milestone", True)
     steps = [record["global_step"] for record in training.records]
     has_record = checkpoint.global_step in steps[-1:]

@@ -38,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
     run.check()
     runs = find_runs(args.run)
     stop = StopRequest()
+    if args.distributed and (args.instead or args.debug_checks):
+        raise ValueError("--distributed: expected neither --check, --debug-checks nor the like: one process does those")
     if args.distributed:
         meet(args, stop)
     elif args.coordinator or args.processes is not None or args.process is not None:
@@ -152,7 +154,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
         if stop or code >= command_line.INTERRUPTED:  # also when saving failed then
             return code
         failed |= code != command_line.DONE
-    if any(run.metrics.exists() for run in runs) and not args.instead:
+    if any(run.metrics.exists() for run in runs) and not args.instead and not command_line.is_quiet():
         from charts import COMPARISON
         from comparison import compare
 

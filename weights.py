@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
 from config import LARGEST_JSON_BYTES
-from processes import fetch
+from processes import fetch, put
 from tensor_files import open_tensors
 
 FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -101,7 +100,7 @@ def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State
     arrays = [np.asarray(saved[name]) for name in current]
     # Committed to a device although the old ones were not, they would make another program of the training step.
     shardings = [array.sharding if getattr(array, "committed", False) else None for array in current.values()]
-    placed = jax.device_put(arrays, shardings)
+    placed = [put(array, sharding) for array, sharding in zip(arrays, shardings)]
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return nnx.from_flat_state(zip(paths, placed, strict=True))
 
