@@ -12,6 +12,7 @@ from data import TokenStream
 from loss import fused_losses
 from mesh import AXES, one_device
 from model import GPTModel
+from processes import put
 from steps import Compiled, compile_eval_step, eval_step
 
 
@@ -57,10 +58,7 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     )
     padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
-    inputs, targets = (
-        jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding))
-    )
+    inputs, targets = (put(array, sharding) for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding)))
     return (inputs, targets), len(inputs_MT)
 
 
