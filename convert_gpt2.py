@@ -182,7 +182,7 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
 
     path = find_checkpoint(source, which)
     model = load_saved_model(path)
-    config, is_text = model.config, model.config.vocab_size == tokenizer.VOCAB_SIZE
+    config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
     try:
         described = gpt2_weights.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
     except ValueError as error:

@@ -152,12 +152,6 @@ def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def wait_for_all(name: str) -> None:
-    """Wait until all processes have come here."""
-    if are_several():
-        multihost_utils.sync_global_devices(name)
-
-
 def fetch(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Copy arrays to the host of every process, also those that are spread over several."""
     spread = {name for name, x in arrays.items() if not (x.is_fully_addressable or x.is_fully_replicated)}

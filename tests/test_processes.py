@@ -302,7 +302,6 @@ def test_one_process_has_all_columns_and_agrees_with_itself():
     assert own_columns(one_device(), 3) is None
     assert processes.from_the_first({"a": [1, None]}) == {"a": [1, None]}
     processes.check_same({"train.json": {"seed": 1}})
-    processes.wait_for_all("nothing")
     with processes.together():
         pass
     assert jax.process_count() == 1
