@@ -4,6 +4,7 @@ import argparse
 import math
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import checkpointing
@@ -54,10 +55,7 @@ def train_or_go_on(
     stop: StopRequest,
     stopwatch: Stopwatch,
 ) -> int:
-    with processes.together():
-        told = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
-        configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
-        processes.check_same(configs | {"the command line": told})
+    check_same(model_config, config, args)
     checkpoint = choose_checkpoint(run, args.from_checkpoint)
     devices = 0  # on which the run has begun
     if checkpoint:
@@ -78,11 +76,7 @@ def train_or_go_on(
     total = whole_steps(run, model_config, config, devices)
     own = config.gradient_accumulation_steps * config.microbatch_size
     given, config = config, with_sequences_per_step(config, devices * own, mesh.devices.size)
-    available, leaked = tokens_available(config), leaked_share(config)
-    say(*preflight.describe(run, model_config, config, available, leaked, mesh))
-    say(describe_peak(device_kind(), config.precision))
-    if model_config.n_layers:
-        say(describe_attention(config.precision, model_config.head_width, config.drop_rate, jax.default_backend()))
+    announce(run, model_config, config, mesh)
     training = set_up(run, model_config, config, total, mesh, stopwatch, given)
     watcher = Watcher(training, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if training.val_stream is None:
@@ -112,6 +106,23 @@ def train_or_go_on(
     )
     say(f"stopped {where}; to go on: {resume_line}")
     return stop.exit_code
+
+
+def check_same(model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace) -> None:
+    """Raise ValueError when the processes of a run were told different things."""
+    told = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
+    configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
+    with processes.together():
+        processes.check_same(configs | {"the command line": told})
+
+
+def announce(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, mesh: Mesh) -> None:
+    """Say what the run will be, need and use."""
+    available, leaked = tokens_available(config), leaked_share(config)
+    say(*preflight.describe(run, model_config, config, available, leaked, mesh))
+    say(describe_peak(device_kind(), config.precision))
+    if model_config.n_layers:
+        say(describe_attention(config.precision, model_config.head_width, config.drop_rate, jax.default_backend()))
 
 
 def choose_checkpoint(run: RunDirectory, which: str | None) -> checkpointing.Checkpoint | None:
