@@ -9,11 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data import TokenStream
-from loss import fused_losses
 from mesh import AXES, one_device
 from model import GPTModel
 from processes import put
-from steps import Compiled, compile_eval_step, eval_step
+from steps import Compiled, compile_eval_step, eval_step, token_losses
 
 
 def compile_for(model: GPTModel, stream: TokenStream, mesh: Mesh) -> Compiled:
@@ -62,11 +61,7 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     return (inputs, targets), len(inputs_MT)
 
 
-@nnx.jit
-def token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Return the loss of every target, (B, T), float32, in nats."""
-    hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
-    return fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
+_token_losses = nnx.jit(token_losses)
 
 
 def num_windows(num_targets: int, length: int, stride: int) -> int:
@@ -101,7 +96,7 @@ def windowed_losses(
         for row, start in zip(windows, batch):
             window = tokens[start : start + length + 1]
             row[: len(window)] = window
-        losses_BT = token_losses(model, *jax.device_put((windows[:, :-1], windows[:, 1:])))
+        losses_BT = _token_losses(model, *jax.device_put((windows[:, :-1], windows[:, 1:])))
         if waiting:
             yield counted(*waiting)
         waiting = losses_BT, batch
@@ -134,6 +129,6 @@ def completion_losses(
         tokens = np.zeros((rows_per_batch, width + 1), np.int32)
         for row, text in zip(tokens, whole):
             row[: len(text)] = text
-        losses_BT = np.asarray(token_losses(model, *jax.device_put((tokens[:, :-1], tokens[:, 1:]))))
+        losses_BT = np.asarray(_token_losses(model, *jax.device_put((tokens[:, :-1], tokens[:, 1:]))))
         for losses, text, (_, completion) in zip(losses_BT, whole, batch):
             yield losses[max(0, len(text) - 1 - len(completion)) : len(text) - 1]

@@ -227,16 +227,18 @@ def sample(training: Training) -> str | None:
         return None
     prompt = training.config.sample_prompt
     model = training.model if training.mesh.devices.size == 1 else on_one_device(training.model)
-    if not processes.is_first():
+    if model is None:
         return None
     [completion] = generate(model, tokenizer.encode(prompt), SAMPLE_TOKENS)
     return prompt + tokenizer.decode(completion.tolist())
 
 
-def on_one_device(model: GPTModel) -> GPTModel:
-    """Return a copy of a model on this process's first device alone; to be called by all processes."""
+def on_one_device(model: GPTModel) -> GPTModel | None:
+    """Return a copy of a model on the first process's first device alone; to be called by all processes."""
     graph, params = nnx.split(model, nnx.Param)
     arrays = host_arrays(params)
+    if not processes.is_first():
+        return None
     paths = [path for path, _ in nnx.to_flat_state(params)]
     return nnx.merge(graph, nnx.from_flat_state(zip(paths, jax.device_put(list(arrays.values())), strict=True)))
 

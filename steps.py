@@ -57,12 +57,16 @@ def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh
     graph, params = nnx.split(model)
 
     def on_device(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, params)
-        hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
-        losses_BT = fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
+        losses_BT = token_losses(nnx.merge(graph, params), inputs_BT, targets_BT)
         return jax.lax.all_gather(losses_BT.mean(axis=1), AXES, tiled=True)
 
     return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(params, inputs_BT, targets_BT)
+
+
+def token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Return the loss of every target, (B, T), float32, in nats, dropout off."""
+    hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
+    return fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
 
 
 class Compiled:
