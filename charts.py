@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOG_SCALE_FROM = 8  # ratio of the largest to the smallest loss above which a logarithmic axis reads better
 MAX_POINTS = 400  # periods on the loss chart; a band of more is a blur
+MAX_CLIP_RATIO = 1_000  # of the clip line to the largest norm, above which it would squeeze the curve
 SMOOTH_POINTS = 60  # of each run's training loss where runs are compared
 COMPARISON = "comparison.png"  # unless another name is asked for
 X_LABELS = {  # where runs are compared
@@ -77,21 +78,17 @@ def draw_learning_rate(path: Path, records: list[Record], *, title: str) -> None
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
 
 
-def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: float, title: str) -> None:
+def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: float | None, title: str) -> None:
     """Draw the gradient norm before clipping, the clip line, and a mark at every rejected step."""
     measured = [record for record in records if record["gradient_norm"] is not None]
     clipped = sum(record["clipped"] for record in records)
     with _figure(path, title, "gradient norm before clipping") as axes:
         x, y = ([record[key] for record in measured] for key in ("global_step", "gradient_norm"))
         axes.plot(x, y, linewidth=0.8, label="gradient norm")
-        share = f"{clipped:,} of {len(records):,} steps clipped"
-        axes.axhline(
-            clipping_max_norm,
-            color="tab:red",
-            linestyle="--",
-            linewidth=1,
-            label=f"clip at {clipping_max_norm:g} ({share})",
-        )
+        if clipping_max_norm is not None and clipping_max_norm < MAX_CLIP_RATIO * max(y, default=0):
+            share = f"{clipped:,} of {len(records):,} steps clipped"
+            label = f"clip at {clipping_max_norm:g} ({share})"
+            axes.axhline(clipping_max_norm, color="tab:red", linestyle="--", linewidth=1, label=label)
         rejected = [record["global_step"] for record in records if record["rejected"]]
         if rejected:
             bottom = [0.02] * len(rejected)

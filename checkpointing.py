@@ -139,7 +139,7 @@ class HostCopy:
 def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
     """Copy what a checkpoint holds; where there are several processes, the optimiser's state is left to `stage`."""
     own = {} if processes.are_several() else host_arrays(nnx.state(optimizer))
-    return HostCopy(host_arrays(nnx.state(model, nnx.Param)), own)
+    return HostCopy(host_arrays(nnx.state(model)), own)
 
 
 def stage(folder: Path, optimizer: nnx.Optimizer, global_step: int) -> Path | None:
@@ -223,9 +223,15 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
     Raises ValueError when names, shapes or dtypes differ from theirs; then both are as they were.
     """
     path = checkpoint.path
-    new_weights = match(nnx.state(model, nnx.Param), load_weights(path / MODEL_FILE), path / MODEL_FILE)
+    new_weights = match(nnx.state(model), load_weights(path / MODEL_FILE), path / MODEL_FILE)
     stored: Any = ocp.metadata(str((path / OPTIMIZER_FOLDER).absolute())).metadata
-    check_forms(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
+    try:
+        check_forms(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: the optimizer has changed since, so this run cannot be resumed; to train on from its weights, "
+            f'start a new run with "initial_weights": "{path / MODEL_FILE}" in its train.json'
+        ) from None
     new_state = match(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)
     nnx.update(model, new_weights)
     nnx.update(optimizer, new_state)

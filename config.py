@@ -5,11 +5,12 @@ import json
 import math
 import os
 import stat
+import struct
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # What is longer is some other file, and is not read.
 LARGEST_JSON_BYTES = 1_000_000  # configs, and what checkpoints say of themselves, are a few pages
@@ -31,6 +32,23 @@ OnResume = Literal["fatal", "announced", "free"]
 def key(on_resume: OnResume, default: Any = ..., **limits: Any) -> Any:
     """Declare a config key: its class on resume, its default (none: required) and its pydantic limits."""
     return Field(default, json_schema_extra={"on_resume": on_resume}, **limits)
+
+
+def _as_float32(value: float) -> float:
+    """Refuse what becomes 0, 1 or infinity as float32, in which it is used."""
+    try:
+        [single] = struct.unpack("<f", struct.pack("<f", value))
+    except OverflowError:
+        raise ValueError(f"expected a number that float32 can hold, got {value!r}") from None
+    if value not in (0, 1) and single in (0, 1):
+        raise ValueError(f"expected a number that float32 can hold, got {value!r}, which becomes {single:g}")
+    return value
+
+
+Float32 = Annotated[float, AfterValidator(_as_float32)]
+MaxNorm = Annotated[
+    float, AfterValidator(lambda value: _as_float32(min(value, 1.0)) and value)
+]  # any large one will do
 
 
 class Config(BaseModel):
@@ -107,7 +125,7 @@ class TrainConfig(Config):
     microbatch_size: int = key("fatal", ge=1)  # sequences on each device
     gradient_accumulation_steps: int = key("fatal", ge=1)
     min_train_tokens: int = key("fatal", ge=-1)  # per epoch; -1: all of them
-    learning_rate: float = key("announced", gt=0, le=1e3)  # the schedule's peak
+    learning_rate: Float32 = key("announced", gt=0, le=1e3)  # the schedule's peak
 
     initial_weights: str | None = key(
         "fatal", None, min_length=1
@@ -119,11 +137,12 @@ class TrainConfig(Config):
     start_train_token: int = key("fatal", 0, ge=0)
     start_val_token: int = key("announced", 0, ge=0)
     val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
-    weight_decay: float = key("announced", 0.01, ge=0)
-    beta2: float = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
+    weight_decay: Float32 = key("announced", 0.01, ge=0)
+    weight_decay_on: Literal["all", "matrices"] = key("announced", "all")  # matrices: not biases and norms
+    beta2: Float32 = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
     warmup_period_percent: float = key("announced", 5.0, ge=0, lt=100)
-    clipping_max_norm: float = key("announced", 3.5, gt=0)
-    drop_rate: float = key("announced", 0.0, ge=0, lt=1)
+    clipping_max_norm: MaxNorm | None = key("announced", 3.5, gt=0)  # of all gradients together; None: no clipping
+    drop_rate: Float32 = key("announced", 0.0, ge=0, lt=1)
     seed: int = key("fatal", 42, ge=0, lt=2**31)
     precision: Literal["float32", "bfloat16"] = key("announced", "float32")
     loss_rows_per_chunk: int | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device

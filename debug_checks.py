@@ -1,88 +1,77 @@
-"""`--debug-checks`: every microbatch once more, stopping at the first value that is not finite.
+"""`--debug-checks`: every microbatch once more, stopping at the first value that is not finite."""
 
-chex's value checks work inside a compiled function: https://chex.readthedocs.io/en/latest/api.html#chex.chexify.
-"""
-
-import logging
-import re
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from data import Batch
-from dropout import Dropout
 from model import GPTModel
-from steps import dropout_of, model_loss
+from steps import backward_order, dropout_of, loss_and_gradient
 from weights import named_arrays
 
-PLACE = re.compile(r"«(.*)»")
+Findings = OrderedDict[str, jax.Array]  # places in the order in which they are computed, and whether they are finite
 
 
 def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str | None]:
     """Build the checks for models of this form; they take the model, a batch and the run's seed key.
 
     They return None, or a line that names the global step, the microbatch and the first place where something is not
-    finite: parameters, hidden states after every stage, logits, the loss, gradients, in this order.
+    finite: parameters, hidden states after every stage, logits, the loss, gradients in the order of the backward pass.
+    At the end the norm of the mean gradient, which may overflow though every gradient is finite.
     """
-    graph = nnx.graphdef(model)
-    logging.getLogger("absl").addFilter(_is_not_about_statuses)
-    checked = chex.chexify(jax.jit(partial(_check_microbatch, graph)), async_check=False)
+    names = backward_order(model)
+
+    @jax.jit
+    def check_microbatch(
+        model: GPTModel, total: nnx.State, batch: Batch, seed_key: jax.Array, i: jax.Array
+    ) -> tuple[Findings, nnx.State]:
+        (global_step, first), count = batch.position, len(batch.inputs)
+        inputs_BT, targets_BT = batch.inputs[i], batch.targets[i]
+        sequences = len(inputs_BT)
+        dropout_args = seed_key, global_step, (first + i) * sequences, sequences
+        found = Findings()
+        for name, array in named_arrays(nnx.state(model)).items():
+            found[f"parameter {name}"] = _all_finite(array)
+        hidden_BTD = None
+        for stage, hidden_BTD in model.stages(inputs_BT, dropout_of(*dropout_args)):
+            found[f"hidden states after {stage}"] = _all_finite(hidden_BTD)
+        # one sequence at a time: a batch of logits need not fit
+        found["logits"] = jax.lax.map(lambda hidden_TD: _all_finite(model.unembed(hidden_TD[None])), hidden_BTD).all()
+        loss, grads = loss_and_gradient(model, inputs_BT, targets_BT, dropout_of(*dropout_args), 1 / count)
+        found["the loss"] = _all_finite(loss)
+        gradients = named_arrays(grads)
+        for name in names:
+            found[f"gradient of {name}"] = _all_finite(gradients[name])
+        return found, jax.tree.map(jnp.add, total, grads)
+
+    @jax.jit
+    def check_norms(grads: nnx.State) -> Findings:
+        arrays = named_arrays(grads)
+        found = Findings((f"gradient of {name}", _all_finite(optax.tree.norm(arrays[name]))) for name in names)
+        found["gradient"] = _all_finite(optax.tree.norm(grads))
+        return found
 
     def check(model: GPTModel, batch: Batch, seed_key: jax.Array) -> str | None:
-        params = nnx.state(model)
         global_step, first = (int(number) for number in batch.position)
-        for number, (inputs_BT, targets_BT) in enumerate(zip(batch.inputs, batch.targets), start=first):
-            try:
-                checked(params, inputs_BT, targets_BT, seed_key, jnp.uint32(global_step), jnp.uint32(number))
-            except AssertionError as error:
-                place = PLACE.search(str(error))
-                where = f"global step {global_step + 1:,}, microbatch {number}: {place[1] if place else error}"
-                return f"{where}: not finite"
+        total = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+        for i in range(len(batch.inputs)):
+            found, total = check_microbatch(model, total, batch, seed_key, jnp.uint32(i))
+            if place := _first_bad(found):
+                return f"global step {global_step + 1:,}, microbatch {first + i}: {place}: not finite"
+        if place := _first_bad(check_norms(total)):
+            return f"global step {global_step + 1:,}: {place}: its norm overflows float32"
         return None
 
     return check
 
 
-def _is_not_about_statuses(record: logging.LogRecord) -> bool:
-    # At exit chex warns of statuses that nobody may have looked at. Without `async_check` every call looks.
-    return "chexify" not in record.getMessage()
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
-def _check_microbatch(
-    graph: Any,
-    params: nnx.State,
-    inputs_BT: jax.Array,
-    targets_BT: jax.Array,
-    seed_key: jax.Array,
-    global_step: jax.Array,
-    number: jax.Array,
-) -> None:
-    def dropout() -> Dropout:
-        return dropout_of(seed_key, global_step, number * len(inputs_BT), len(inputs_BT))
-
-    for name, array in named_arrays(params).items():
-        _check(array, f"parameter {name}")
-    model = nnx.merge(graph, params)
-    hidden_BTD = None
-    for stage, hidden_BTD in model.stages(model.embed(inputs_BT), dropout()):
-        _check(hidden_BTD, f"hidden states after {stage}")
-    _check(jax.lax.map(lambda hidden_TD: _extremes(model.unembed(hidden_TD)), hidden_BTD), "logits")
-    loss, grads = jax.value_and_grad(
-        lambda params: model_loss(nnx.merge(graph, params), inputs_BT, targets_BT, dropout())
-    )(params)
-    _check(loss, "the loss")
-    for name, array in named_arrays(grads).items():
-        _check(array, f"gradient of {name}")
-
-
-def _check(array: jax.Array, place: str) -> None:
-    chex.assert_tree_all_finite(array, custom_message=f"«{place}»")
-
-
-def _extremes(logits_TV: jax.Array) -> jax.Array:
-    return jnp.stack([logits_TV.max(), logits_TV.min()])  # finite when all are; a batch of logits need not fit
+def _first_bad(found: Findings) -> str | None:
+    return next((place for place, is_finite in jax.device_get(found).items() if not is_finite), None)

@@ -12,7 +12,7 @@ from data import TokenStream
 from mesh import AXES, one_device
 from model import GPTModel
 from processes import put
-from steps import Compiled, compile_eval_step, eval_step, token_losses
+from steps import Compiled, compile_eval_step, eval_step
 
 
 def compile_for(model: GPTModel, stream: TokenStream, mesh: Mesh) -> Compiled:
@@ -27,7 +27,7 @@ def mean_loss(
     step: Callable[..., jax.Array] | None = None,
     mesh: Mesh | None = None,
 ) -> float | None:
-    """Average the loss over every whole batch of a token stream, in nats per token; None when `stop` became true.
+    """Average `model.loss` over every whole batch of a token stream; None when `stop` became true.
 
     A batch of the stream is that of one device; `step` is what `compile_for` has compiled.
     """
@@ -46,7 +46,7 @@ def mean_loss(
 
 
 def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array, jax.Array], int]:
-    """Put a batch for each device in its place, the stream's from `first` on; also say how many sequences there are.
+    """Put a batch for each device in its place, the stream's from `first` on; also say how many there are.
 
     Where the stream has ended, zeros follow.
     """
@@ -58,10 +58,12 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     inputs, targets = (put(array, sharding) for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding)))
-    return (inputs, targets), len(inputs_MT)
+    return (inputs, targets), len(batches)
 
 
-_token_losses = nnx.jit(token_losses)
+@nnx.jit
+def _token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return model.token_losses(inputs_BT, targets_BT)
 
 
 def num_windows(num_targets: int, length: int, stride: int) -> int:

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -12,7 +11,7 @@ from command_line import is_out_of_device_memory
 from config import MEMORY_BYTES, ModelConfig, TrainConfig
 from data import Batch
 from mesh import array_shardings, make_mesh
-from model import GPTModel
+from model import GPTModel, create_model
 from optimizer import make_optimizer
 from preflight import GIB
 from steps import Compiled, compile_train_step
@@ -105,7 +104,8 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     """
 
     def build() -> tuple[GPTModel, nnx.Optimizer]:
-        model = GPTModel(model_config, nnx.Rngs(0), drop_rate=config.drop_rate, dtype=jnp.dtype(config.precision))
+        options = config.drop_rate, config.precision, config.loss_rows_per_chunk
+        model = create_model(model_config, 0, *options)
         return model, make_optimizer(model, config, total_steps=1)
 
     mesh = make_mesh(config.mesh)

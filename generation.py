@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention import cached_attention, causal_attention
-from model import Attend, GPTModel
+from attention import cached_attention
+from kernels import causal_attention
+from model import GPTModel
 
 TOKENS_PER_CALL = 8  # of the compiled loop: enough to hide its start, few enough to be read as they come
 SMALLEST_SIZE = 16  # positions: what is shorter is not compiled for itself
@@ -126,7 +127,7 @@ def _read(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: in
         cache.append((keep(k_BPNH), keep(v_BPNH)))
         return causal_attention(q_BPNH, k_BPNH, v_BPNH)
 
-    model.transform(model.embed(tokens_BP), attends=[attend] * len(model.blocks))
+    model.hidden_states(tokens_BP, attend=attend)
     return cache
 
 
@@ -166,22 +167,18 @@ def _write(
 
 def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
     """Return the logits (B, V), float32, after the token at `position`, and the cache with it added."""
-    cache = list(cache)
+    old, new = iter(cache), []
 
-    def at_layer(layer: int) -> Attend:
-        def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array) -> jax.Array:
-            new = (jnp.swapaxes(x, 1, 2) for x in (k_B1NH, v_B1NH))
-            keys_BNSH, values_BNSH = (
-                jax.lax.dynamic_update_slice_in_dim(old, x, position, axis=2) for old, x in zip(cache[layer], new)
-            )
-            cache[layer] = keys_BNSH, values_BNSH
-            return cached_attention(q_B1NH, keys_BNSH, values_BNSH, position)
+    def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array) -> jax.Array:
+        keys_BNSH, values_BNSH = (
+            jax.lax.dynamic_update_slice_in_dim(x_BNSH, jnp.swapaxes(x_B1NH, 1, 2), position, axis=2)
+            for x_BNSH, x_B1NH in zip(next(old), (k_B1NH, v_B1NH))
+        )
+        new.append((keys_BNSH, values_BNSH))
+        return cached_attention(q_B1NH, keys_BNSH, values_BNSH, position)
 
-        return attend
-
-    attends = [at_layer(layer) for layer in range(len(cache))]
-    hidden_B1D = model.transform(model.embed(last_B[:, None]), first_position=position, attends=attends)
-    return model.unembed(hidden_B1D[:, 0]).astype(jnp.float32), cache
+    hidden_B1D = model.hidden_states(last_B[:, None], first_position=position, attend=attend)
+    return model.unembed(hidden_B1D)[:, 0].astype(jnp.float32), new
 
 
 def _key(seed: jax.Array, sample: jax.Array, number: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from processes import fetch
 from weights import named_arrays
 
 FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
+NORM_SCALE = 2.0**-100  # squares of what float32 can hold, times this, can be added up in float32
 
 
 def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
@@ -39,11 +40,16 @@ def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, s
     return f"step {global_step:,}: {', '.join(shown)}"
 
 
-def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Raise RuntimeError when no parameter differs between two sets of hashes."""
-    if before == after:
+def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], matrices: Collection[str]) -> None:
+    """Raise RuntimeError when hashes show that no parameter changed, or none of the matrices.
+
+    Biases begin at 0, which float32 leaves by however small an update.
+    """
+    changed = {name for name in before if before[name] != after[name]}
+    if not changed or (matrices and changed.isdisjoint(matrices)):
+        what = "no matrix, only " + ", ".join(sorted(changed)[:3]) if changed else "no parameter"
         raise RuntimeError(
-            "the first update changed no parameter; usual causes: a mutating step under jax.jit instead of nnx.jit, "
+            f"the first update changed {what}; usual causes: a mutating step under jax.jit instead of nnx.jit, "
             "learning_rate 0 or too small for float32, gradients that are all zero"
         )
 
@@ -65,28 +71,37 @@ def first_loss_line(loss: float, vocab_size: int) -> str:
 
 def describe_rejection(
     global_step: int,
-    names: Sequence[str],
     evidence: Sequence[Mapping[str, np.ndarray]],
+    names: Sequence[str],
+    backward_order: Sequence[str],
     bad_parameters: Sequence[str],
     positions_KB: np.ndarray,
 ) -> dict[str, Any]:
     """Return what is known of a rejected update, as JSON: which microbatch, which gradient, which tokens.
 
-    Takes the parameters' names, the `steps.evidence` of every compiled call, the parameters that were not finite
-    themselves, and the index in the token file of every sequence's first token.
+    Takes the `steps.evidence` of every compiled call with the parameters' names in its order, these names in the order
+    of the backward pass, the parameters that were not finite themselves, and the index in the token file of every
+    sequence's first token.
     """
     losses = [finite(loss) for call in evidence for loss in call["losses"].tolist()]
-    is_finite_P = np.all([np.isfinite(call["gradient_norms"]) for call in evidence], axis=0)
-    norms = [[finite(norm) for norm in call["gradient_norms"].tolist()] for call in evidence]
+    norms_AP = np.stack([call["gradient_norms"] for call in evidence]).astype(np.float64)
+    scaled_AP = np.stack([call["scaled_norms"] for call in evidence]).astype(np.float64)
+    norms_AP = np.where(np.isfinite(norms_AP), norms_AP, scaled_AP / NORM_SCALE)
+    bad = {name for name, norms in zip(names, norms_AP.T) if not np.isfinite(norms).all()}
+    largest = None if bad else names[int(norms_AP.max(axis=0).argmax())]
     return {
         "global_step": global_step,
+        "reason": "a gradient is not finite" if bad else "the norm of the gradient overflows float32",
         "first_loss_not_finite": next((number for number, loss in enumerate(losses) if loss is None), None),
-        "first_gradient_not_finite": next((name for name, ok in zip(names, is_finite_P) if not ok), None),
+        "first_gradient_not_finite": next((name for name in backward_order if name in bad), None),
+        "largest_gradient": largest,
         "parameters_not_finite": list(bad_parameters),
         "microbatches": [
             {"loss": loss, "first_tokens": positions.tolist()} for loss, positions in zip(losses, positions_KB)
         ],
-        "gradient_norms_of_each_call": {name: list(of_calls) for name, of_calls in zip(names, zip(*norms))},
+        "gradient_norms_of_each_call": {
+            name: [finite(norm) for norm in of_calls] for name, of_calls in zip(names, norms_AP.T.tolist())
+        },
     }
 
 

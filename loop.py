@@ -13,11 +13,11 @@ import drift
 import fitting
 import preflight
 import processes
-from attention import describe_attention
 from command_line import say
 from config import ModelConfig, TrainConfig, with_sequences_per_step
 from flops import describe_peak, mfu
 from interruption import StopRequest, listening
+from kernels import describe_attention
 from mesh import describe_devices, device_kind, make_mesh
 from run_directory import RunDirectory
 from saving import Saver
@@ -183,12 +183,27 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
         raise RuntimeError(finding + (f"; saved at step {training.global_step:,}" if training.global_step else ""))
     if is_stuck:
         known = training.run.rejected(training.global_step)
-        where = f"; {known} says where it fails" if known.exists() else ""
+        where = f" ({known} says where)" if known.exists() else ""
         raise RuntimeError(
-            f"{config.max_consecutive_rejections} updates in a row were rejected, their gradients were not finite; "
-            f"saved at step {training.global_step:,} with the last good parameters: go on --from best with a lower "
-            f"learning_rate, or look at the data{where}"
+            f"{config.max_consecutive_rejections} updates in a row were rejected: their gradients, or the norms of "
+            f"these, were not finite{where}; saved at step {training.global_step:,} with the last good parameters; "
+            + way_back(training)
         )
+
+
+def way_back(training: Training) -> str:
+    """Say what to type after too many rejections."""
+    run, uniform = training.run, math.log(training.model_config.vocab_size)
+    again = f"lower learning_rate, move {run.checkpoints} away, and start again: uv run train.py {run.path}"
+    best = [c for c in checkpointing.find_checkpoints(run.checkpoints) if c.is_best][-1:]
+    if not best:
+        return f"there is no best checkpoint to go back to: {again}"
+    loss = best[0].meta["val_loss" if training.val_stream else "avg_train_loss"]
+    if loss > uniform:
+        of_step = f"the best checkpoint, of step {best[0].global_step:,}, has diverged too"
+        return f"{of_step} (loss {loss:.4f}, a uniform guess has {uniform:.4f}): {again}"
+    back = f"uv run train.py {run.path} --from best --accept-changes"
+    return f"lower learning_rate, or look at the data, and go back: {back}"
 
 
 def finish_step(training: Training, step: int, reports: list[Report], checksum: int, bar: tqdm) -> bool:

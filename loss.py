@@ -1,99 +1,64 @@
-"""Cross-entropy of next-token prediction, in nats: the plain definition, and the fused one that is fast.
+"""Cross-entropy of next-token prediction, in nats: the definition, and the same in chunks, without all logits at once.
 
-The fused one takes a few rows at a time and computes their logits, their loss and both gradients of the output head
-while those logits are at hand, so that no array of (tokens, vocabulary) ever exists. The idea is that of "Cut Your
-Losses in Large-Vocabulary Language Models", https://arxiv.org/abs/2411.09009.
+The chunked form computes the logits of a few rows, their loss and all gradients while those logits are at hand, so that
+no array of (tokens, vocabulary) ever exists. It takes any function from hidden states to logits. The idea is that of
+"Cut Your Losses in Large-Vocabulary Language Models", https://arxiv.org/abs/2411.09009.
 
-Suffixes of array names: as in model.py; R rows of a chunk, C chunks, P the vocabulary as padded for products.
+Suffixes of array names: as in model.py; M all rows, R rows of a chunk, C chunks.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**30}  # float32, of one chunk: large enough for fast products, else small
-VOCAB_MULTIPLE = {"cpu": 1, "gpu": 128}  # tensor cores like round numbers: 50,257 becomes 50,304
+
+Unembed = Callable[[jax.Array], jax.Array]  # hidden states (B, T, D) to logits (B, T, V), each position on its own
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Average -log softmax(logits)[target] over all positions, in float32 whatever the logits' type.
+    """Average -log softmax(logits)[target] over all positions, in float32 or wider.
 
     Takes logits (…, V) and target ids (…) of any integer type, each below V. Returns a scalar.
     """
-    chex.assert_type(targets_BT, int, custom_message="target ids")
-    chex.assert_shape(targets_BT, logits_BTV.shape[:-1], custom_message="target ids, against logits")
-    logits = logits_BTV.reshape(-1, logits_BTV.shape[-1]).astype(jnp.float32)
+    _check_targets(targets_BT, logits_BTV.shape[:-1], "logits")
+    logits = _at_least_float32(logits_BTV.reshape(-1, logits_BTV.shape[-1]))
     targets = targets_BT.reshape(-1).astype(jnp.int32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def fused_cross_entropy(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    targets_BT: jax.Array,
-    prepared_PD: jax.Array | None = None,
-    rows_per_chunk: int | None = None,
+def chunked_cross_entropy(
+    unembed: Unembed, hidden_BTD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None = None
 ) -> jax.Array:
-    """Return `cross_entropy(hidden @ head.T, targets)` without ever holding all logits.
+    """Return `cross_entropy(unembed(hidden), targets)` without ever holding all logits.
 
-    Takes hidden states (…, D), the output head (V, D), and target ids (…) of any integer type, each below V. Products
-    are computed in the type of `prepared_PD`, the head by `prepare_head`, or in float32; their sums, the log-sum-exp
-    and the loss are float32; gradients have the types of what they belong to. The rows of a chunk are chosen for the
-    device unless given. Returns a scalar.
+    Takes hidden states (B, T, D) and target ids (B, T). `unembed` gets a chunk of positions as (1, R, D), and may use
+    any arrays around it: they get their gradients. The rows of a chunk are chosen for the device unless given.
     """
-    chex.assert_type(targets_BT, int, custom_message="target ids")
-    chex.assert_shape(targets_BT, hidden_BTD.shape[:-1], custom_message="target ids, against hidden states")
-    chex.assert_shape(head_VD, (None, hidden_BTD.shape[-1]), custom_message="the output head, against hidden states")
-    if prepared_PD is None:
-        prepared_PD = prepare_head(head_VD)
-    prepared_PD = jax.lax.stop_gradient(prepared_PD)
-    return _loss(head_VD, prepared_PD, *_chunks(hidden_BTD, targets_BT, len(head_VD), rows_per_chunk))
+    unembed_rows, chunks = _chunks(unembed, hidden_BTD, targets_BT, rows_per_chunk)
+    unembed_rows, captured = jax.closure_convert(unembed_rows, chunks[0][0])
+    return _mean_loss(unembed_rows, captured, *chunks)
 
 
-def fused_losses(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None = None
+def chunked_losses(
+    unembed: Unembed, hidden_BTD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None = None
 ) -> jax.Array:
-    """Return the loss of every target on its own, (…), float32, of which `fused_cross_entropy` is the mean."""
-    prepared_PD = prepare_head(head_VD, hidden_BTD.dtype)
+    """Return the loss of every target on its own, (B, T), of which `chunked_cross_entropy` is the mean.
 
-    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _losses(chunk[0], prepared_PD, chunk[1], len(head_VD))[0]
-
-    hidden_CRD, targets_CR, _ = _chunks(hidden_BTD, targets_BT, len(head_VD), rows_per_chunk)
-    return jax.lax.map(of_chunk, (hidden_CRD, targets_CR)).reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
-
-
-def add_head_gradient(
-    total_VD: jax.Array,
-    prepared_PD: jax.Array,
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    share: float,
-    rows_per_chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `fused_cross_entropy`, and the gradients of `share` times it, as a step over many microbatches wants them.
-
-    That of the hidden states comes as (…, D); that of the head is added to `total_VD`, float32, which saves writing,
-    scaling and adding an array of that size for each microbatch.
+    Its gradient computes the logits of each chunk a second time.
     """
-    chunks = _chunks(hidden_BTD, targets_BT, len(total_VD), rows_per_chunk)
-    loss, hidden_slopes_CRD, total_VD = _loss_and_gradients(total_VD, prepared_PD, *chunks, share)
-    hidden_slopes_MD = hidden_slopes_CRD.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size]
-    return loss, hidden_slopes_MD.reshape(hidden_BTD.shape), total_VD
+    unembed_rows, (hidden_CRD, targets_CR, _) = _chunks(unembed, hidden_BTD, targets_BT, rows_per_chunk)
 
+    @jax.checkpoint
+    def losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _losses(unembed_rows(chunk[0]), chunk[1])[0]
 
-def prepare_head(head_VD: jax.Array, dtype: DTypeLike = jnp.float32, vocab_multiple: int | None = None) -> jax.Array:
-    """Return the output head as products take it, (P, D): in `dtype`, with rows of zeros up to a round number of them.
-
-    It serves for as long as the head stays the same; padded tokens have no share. The multiple is chosen for the device
-    unless given.
-    """
-    padding = -len(head_VD) % (vocab_multiple or VOCAB_MULTIPLE.get(jax.default_backend(), 1))
-    return jnp.pad(head_VD.astype(dtype), ((0, padding), (0, 0)))
+    return jax.lax.map(losses, (hidden_CRD, targets_CR)).reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
 def chunk_size(vocab_size: int, platform: str) -> int:
@@ -103,11 +68,16 @@ def chunk_size(vocab_size: int, platform: str) -> int:
 
 
 def _chunks(
-    hidden_BTD: jax.Array, targets_BT: jax.Array, vocab_size: int, rows_per_chunk: int | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cut rows into chunks: hidden states (C, R, D), targets and weights (C, R); rows of padding weigh nothing."""
+    unembed: Unembed, hidden_BTD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None
+) -> tuple[Unembed, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Cut rows into chunks: hidden states (C, R, D), targets and weights (C, R); rows of padding weigh nothing.
+
+    Also returns `unembed` for one chunk, from (R, D) to (R, V).
+    """
+    _check_targets(targets_BT, hidden_BTD.shape[:-1], "hidden states")
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     rows = len(hidden_MD)
+    vocab_size = jax.eval_shape(unembed, hidden_MD[None, :1]).shape[-1]
     chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, jax.default_backend())))
     chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks
@@ -115,91 +85,74 @@ def _chunks(
     def split(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
 
-    weights_M = jnp.full(rows, 1 / rows, jnp.float32)
-    return split(hidden_MD), split(targets_BT.reshape(-1).astype(jnp.int32)), split(weights_M)
+    weights_M = jnp.full(rows, 1 / rows, jnp.promote_types(hidden_MD.dtype, jnp.float32))
+    arrays = split(hidden_MD), split(targets_BT.reshape(-1).astype(jnp.int32)), split(weights_M)
+    return lambda hidden_RD: unembed(hidden_RD[None])[0], arrays
 
 
-@jax.custom_vjp
-def _loss(
-    head_VD: jax.Array, prepared_PD: jax.Array, hidden_CRD: jax.Array, targets_CR: jax.Array, weights_CR: jax.Array
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean_loss(
+    unembed: Callable[..., jax.Array],
+    captured: list[jax.Array],
+    hidden_CRD: jax.Array,
+    targets_CR: jax.Array,
+    weights_CR: jax.Array,
 ) -> jax.Array:
     """Sum the weighted losses of all rows: what runs when nobody asks for gradients."""
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_RD, targets_R, weights_R = chunk
-        losses_R, *_ = _losses(hidden_RD.astype(prepared_PD.dtype), prepared_PD, targets_R, len(head_VD))
+        losses_R, *_ = _losses(unembed(hidden_RD, *captured), targets_R)
         return total + losses_R @ weights_R, None
 
-    return jax.lax.scan(add, jnp.zeros(()), (hidden_CRD, targets_CR, weights_CR))[0]
+    return jax.lax.scan(add, jnp.zeros((), weights_CR.dtype), (hidden_CRD, targets_CR, weights_CR))[0]
 
 
-def _loss_and_gradients(
-    total_VD: jax.Array,
-    prepared_PD: jax.Array,
-    hidden_CRD: jax.Array,
-    targets_CR: jax.Array,
-    weights_CR: jax.Array,
-    share: float = 1.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the weighted loss, and the gradients of `share` times it: of hidden states, and of the head plus a total.
+def _forward(
+    unembed: Callable[..., jax.Array], captured: list[jax.Array], *chunks: jax.Array
+) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array]]:
+    """Return the weighted loss, and its gradients by what `unembed` has captured and by the hidden states."""
 
-    d loss / d logits is weight · (exponential / sum - 1 at the target). Exponentials go into the products as they are,
-    without those of the targets, whose slopes are what the others' sum up to: nothing is lost where a target is all but
-    certain. The rest is done to rows of hidden states and of the head.
-    """
-    dtype, vocab_size = prepared_PD.dtype, len(total_VD)
-
-    def add(totals: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
+    def add(totals: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         hidden_RD, targets_R, weights_R = chunk
-        hidden_RD = hidden_RD.astype(dtype)
-        losses_R, others_RP, their_sums_R1, sums_R1 = _losses(hidden_RD, prepared_PD, targets_R, vocab_size)
-        others_RP, weighted_R1 = others_RP.astype(dtype), share * weights_R[:, None] / sums_R1
-        target_slopes_R1 = their_sums_R1 * weighted_R1
-        hidden_slopes_RD = _product("rp,pd->rd", others_RP, prepared_PD) * weighted_R1
-        hidden_slopes_RD -= prepared_PD[targets_R] * target_slopes_R1
-        head_slopes_PD = _product("rp,rd->pd", others_RP, (hidden_RD * weighted_R1).astype(dtype))
-        totals = totals[0] + losses_R @ weights_R, totals[1] + head_slopes_PD[:vocab_size]
-        return totals, (hidden_slopes_RD, hidden_RD * target_slopes_R1)
+        logits_RV, vjp = jax.vjp(unembed, hidden_RD, *captured)
+        losses_R, exps_RV, sums_R = _losses(logits_RV, targets_R)
+        is_target_RV = jnp.arange(logits_RV.shape[-1])[None] == targets_R[:, None]
+        d_logits_RV = exps_RV * (weights_R / sums_R)[:, None] - jnp.where(is_target_RV, weights_R[:, None], 0)
+        d_hidden_RD, *d_captured = vjp(d_logits_RV.astype(logits_RV.dtype))
+        return jax.tree.map(jnp.add, totals, (losses_R @ weights_R, d_captured)), d_hidden_RD
 
-    (loss, total_VD), (hidden_slopes_CRD, target_slopes_CRD) = jax.lax.scan(
-        add, (jnp.zeros(()), total_VD), (hidden_CRD, targets_CR, weights_CR)
+    zeros = (
+        jnp.zeros((), chunks[-1].dtype),
+        [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in captured],
     )
-    return loss, hidden_slopes_CRD.astype(hidden_CRD.dtype), total_VD.at[targets_CR].add(-target_slopes_CRD)
+    (loss, d_captured), d_hidden_CRD = jax.lax.scan(add, zeros, chunks)
+    return loss, ([d.astype(x.dtype) for d, x in zip(d_captured, captured)], d_hidden_CRD)
 
 
-def _forward(head_VD: jax.Array, *others: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    zeros_VD = jnp.zeros(head_VD.shape, jnp.float32)
-    loss, hidden_slopes_CRD, head_slopes_VD = _loss_and_gradients(zeros_VD, *others)
-    return loss, (hidden_slopes_CRD, head_slopes_VD.astype(head_VD.dtype))
+def _backward(
+    unembed: Callable[..., jax.Array], grads: tuple[list[jax.Array], jax.Array], d_loss: jax.Array
+) -> tuple[Any, ...]:
+    return *jax.tree.map(lambda x: d_loss.astype(x.dtype) * x, grads), None, None
 
 
-def _backward(slopes: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[Any, ...]:
-    hidden_slopes_CRD, head_slopes_VD = (slope.astype(x.dtype) * x for x in slopes)
-    return head_slopes_VD, None, hidden_slopes_CRD, None, None
+_mean_loss.defvjp(_forward, _backward)
 
 
-_loss.defvjp(_forward, _backward)
+def _losses(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the loss of each row (R,), exp(logit - the row's largest) (R, V), and their sum (R,)."""
+    logits_RV = _at_least_float32(logits_RV)
+    largest_R1 = logits_RV.max(axis=-1, keepdims=True)
+    exps_RV = jnp.exp(logits_RV - largest_R1)
+    sums_R = exps_RV.sum(axis=-1)
+    chosen_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
+    return jnp.log(sums_R) + largest_R1[:, 0] - chosen_R, exps_RV, sums_R
 
 
-def _losses(
-    hidden_RD: jax.Array, prepared_PD: jax.Array, targets_R: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return the loss of each row (R), and exp(logit - the row's largest), all float32.
-
-    The exponentials (R, P) are 0 at targets and where padded; their sums follow, without the targets' and with them,
-    each (R, 1).
-    """
-    logits_RP = _product("rd,pd->rp", hidden_RD, prepared_PD)
-    ids_1P = jnp.arange(len(prepared_PD))[None]
-    if len(prepared_PD) > vocab_size:
-        logits_RP = jnp.where(ids_1P < vocab_size, logits_RP, -jnp.inf)
-    largest_R1 = logits_RP.max(axis=1, keepdims=True)
-    chosen_R1 = jnp.take_along_axis(logits_RP, targets_R[:, None], axis=1)
-    others_RP = jnp.where(ids_1P == targets_R[:, None], 0, jnp.exp(logits_RP - largest_R1))
-    their_sums_R1 = others_RP.sum(axis=1, keepdims=True)
-    sums_R1 = their_sums_R1 + jnp.exp(chosen_R1 - largest_R1)
-    return (jnp.log(sums_R1) + largest_R1 - chosen_R1)[:, 0], others_RP, their_sums_R1, sums_R1
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+def _check_targets(targets_BT: jax.Array, shape: tuple[int, ...], against: str) -> None:
+    chex.assert_type(targets_BT, int, custom_message="target ids")
+    chex.assert_shape(targets_BT, shape, custom_message=f"target ids, against {against}")

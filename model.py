@@ -6,7 +6,7 @@ Suffixes of array names: B batch, T positions, D embedding, N heads, H head widt
 K or A microbatches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from attention import causal_attention, causal_weights
+from attention import causal_weights
 from config import ModelConfig
 from dropout import Dropout
-from layer_norm import LayerNorm
+from kernels import LayerNorm, causal_attention, vocabulary_product
+from loss import chunked_cross_entropy, chunked_losses
 
 INIT_STD = 0.02
+# GPT-2's tanh form. For the backward pass it is computed again: what it would keep is larger than its input.
+gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array], jax.Array
 ]  # queries, keys and values to what is mixed, all (B, T, N, H)
-gelu = partial(jax.nn.gelu, approximate=True)
 
 
 def initializer(std: float) -> nnx.Initializer:
     return jax.nn.initializers.normal(std)
+
+
+def residual_std(config: ModelConfig) -> float:
+    return INIT_STD / (2 * config.n_layers) ** 0.5
 
 
 class CausalSelfAttention(nnx.Module):
@@ -68,24 +74,6 @@ class CausalSelfAttention(nnx.Module):
         return self.output(mixed_BTNH.reshape(x_BTD.shape))
 
 
-@jax.custom_vjp
-def gelu_product(hidden_BTF: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """Return gelu(hidden) @ kernel, by GPT-2's tanh form; for the backward pass GELU is computed anew, not kept."""
-    return gelu(hidden_BTF) @ kernel_FD
-
-
-def _gelu_product_backward(saved: tuple[jax.Array, jax.Array], slopes_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_BTF, kernel_FD = saved
-    # Changes nothing, but has to wait for the slopes: else XLA computes it early and keeps it after all.
-    hidden_BTF += 0 * slopes_BTD[..., :1]
-    activated_BTF, pull_back = jax.vjp(gelu, hidden_BTF)
-    [hidden_slopes_BTF] = pull_back(slopes_BTD @ kernel_FD.T)
-    return hidden_slopes_BTF, jnp.einsum("btf,btd->fd", activated_BTF, slopes_BTD)
-
-
-gelu_product.defvjp(lambda hidden, kernel: (gelu_product(hidden, kernel), (hidden, kernel)), _gelu_product_backward)
-
-
 class FeedForward(nnx.Module):
     """Two linear layers, four times as wide inside, with GELU between them."""
 
@@ -95,10 +83,7 @@ class FeedForward(nnx.Module):
         self.project = nnx.Linear(inner, width, kernel_init=initializer(residual_std(config)), dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = self.expand(x_BTD)
-        assert self.project.bias is not None  # Flax's linear layers may do without
-        kernel_FD, bias_D = (x[...].astype(hidden_BTF.dtype) for x in (self.project.kernel, self.project.bias))
-        return gelu_product(hidden_BTF, kernel_FD) + bias_D[None, None]
+        return self.project(gelu(self.expand(x_BTD)))
 
 
 class Block(nnx.Module):
@@ -129,6 +114,9 @@ class Block(nnx.Module):
 class GPTModel(nnx.Module):
     """Token ids in, logits out; `config.n_layers` 0 is the A-to-A shell.
 
+    Everything that a run does goes through `embed`, `stages` and `unembed`: `loss` trains and validates, `token_losses`
+    judges, `stages` with a cache completes text. What is changed here is changed everywhere.
+
     Weights start as in GPT-2's code: normal with standard deviation 0.02, divided by √(2 · n_layers) where a layer
     adds to the residual stream; biases 0, norms 1. The first loss is then ln(vocab_size) + 0.0002 · emb_dim with an
     output norm (the logits' variance is emb_dim · 0.02², and half of that is lost) and ln(vocab_size) without one.
@@ -137,10 +125,18 @@ class GPTModel(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, rngs: nnx.Rngs, *, drop_rate: float = 0.0, dtype: DTypeLike = jnp.float32
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        drop_rate: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        loss_rows_per_chunk: int | None = None,
     ) -> None:
         self.config = config
         self.dtype = dtype
+        self.drop_rate = drop_rate
+        self.loss_rows_per_chunk = loss_rows_per_chunk
         init = initializer(INIT_STD)
         self.token_embedding = nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         self.position_embedding = (
@@ -148,7 +144,6 @@ class GPTModel(nnx.Module):
             if config.position_embedding
             else None
         )
-        self.drop_rate = drop_rate
         self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
         self.output_norm = LayerNorm(config.emb_dim, rngs) if config.output_norm else None
         self.head = (
@@ -162,9 +157,20 @@ class GPTModel(nnx.Module):
         """
         return self.unembed(self.hidden_states(tokens_BT, dropout))
 
-    def hidden_states(self, tokens_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Return what the head reads, (B, T, D), float32."""
-        return self.transform(self.embed(tokens_BT), dropout)
+    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Return the mean loss of a microbatch, a scalar: what training minimises and validation reports."""
+        hidden_BTD = self.hidden_states(inputs_BT, dropout)
+        return chunked_cross_entropy(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
+
+    def token_losses(self, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Return the loss of each target, (B, T): what `evaluate.py` averages."""
+        hidden_BTD = self.hidden_states(inputs_BT, dropout)
+        return chunked_losses(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
+
+    def hidden_states(self, tokens_BT: jax.Array, dropout: Dropout | None = None, **cached: Any) -> jax.Array:
+        """Return what the head reads, (B, T, D), float32: the last of `stages`."""
+        *_, (_, hidden_BTD) = self.stages(tokens_BT, dropout, **cached)
+        return hidden_BTD
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the rows of the token embedding, (B, T, D), float32."""
@@ -172,69 +178,60 @@ class GPTModel(nnx.Module):
         chex.assert_type(tokens_BT, int, custom_message="token ids")
         return self.token_embedding(tokens_BT.astype(jnp.int32))
 
-    def transform(self, x_BTD: jax.Array, dropout: Dropout | None = None, **cached: Any) -> jax.Array:
-        """Return the hidden states after the last stage, (B, T, D), float32, for embedded tokens; see `stages`."""
-        *_, (_, hidden_BTD) = self.stages(x_BTD, dropout, **cached)
-        return hidden_BTD
-
     def stages(
         self,
-        x_BTD: jax.Array,
+        tokens_BT: jax.Array,
         dropout: Dropout | None = None,
         *,
         first_position: int | jax.Array = 0,
-        attends: Sequence[Attend] | None = None,
+        attend: Attend = causal_attention,
     ) -> Iterator[tuple[str, jax.Array]]:
-        """Yield the hidden states (B, T, D), float32, after each stage, with its name, for embedded tokens.
+        """Yield the hidden states (B, T, D), float32, after each stage, with its name.
 
-        Whoever keeps the keys and values of earlier positions says where these begin, and how each layer attends.
+        Text generation, which caches the keys and values of earlier positions, says where these tokens stand, and with
+        `attend` how they look back; layers call it in their order.
         """
-        length = x_BTD.shape[1]
+        x_BTD, length = self.embed(tokens_BT), tokens_BT.shape[1]
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(first_position + jnp.arange(length))[None]
         x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, dropout, attends[number] if attends else causal_attention)
-            chex.assert_type(x_BTD, jnp.float32, custom_message=f"the residual stream after block {number}")
+            dtype = x_BTD.dtype
+            x_BTD = block(x_BTD, dropout, attend)
+            chex.assert_type(x_BTD, dtype, custom_message=f"the residual stream after block {number}")
             yield f"block {number}", x_BTD
         if self.output_norm is not None:
             yield "the output norm", self.output_norm(x_BTD)
 
-    @property
-    def unembedding(self) -> nnx.Embed:
-        """The output head (V, D), a row for each token; the token embedding itself where the head is tied."""
-        return self.token_embedding if self.head is None else self.head
-
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Return logits (…, V) for hidden states (…, D), in the compute dtype."""
-        flat = hidden_BTD.reshape(-1, self.config.emb_dim).astype(self.dtype)  # one large product, not B small ones
-        logits = flat @ self.unembedding.embedding[...].T.astype(self.dtype)
-        return logits.reshape(*hidden_BTD.shape[:-1], self.config.vocab_size)
+        """Return logits (B, T, V) for hidden states (B, T, D), each position on its own, in the compute dtype."""
+        table_VD = (self.token_embedding if self.head is None else self.head).embedding[...]
+        flat_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # one large product, not B small ones
+        logits_MV = vocabulary_product(flat_MD.astype(self.dtype), table_VD.astype(self.dtype))
+        return logits_MV.reshape(*hidden_BTD.shape[:-1], len(table_VD))
 
 
-def compute_copy(params: nnx.State, dtype: DTypeLike) -> nnx.State:
-    """Cast the matrices of linear layers to the compute dtype, so that it is done once and not at every use."""
-    return nnx.map(lambda path, x: x.astype(dtype) if path[-1] == "kernel" else x, params)
-
-
-def residual_std(config: ModelConfig) -> float:
-    return INIT_STD / (2 * config.n_layers) ** 0.5
-
-
-@partial(nnx.jit, static_argnums=(0, 2, 3))
-def create_model(config: ModelConfig, seed: int, drop_rate: float = 0.0, precision: str = "float32") -> GPTModel:
+@partial(nnx.jit, static_argnums=(0, 2, 3, 4))
+def create_model(
+    config: ModelConfig,
+    seed: int,
+    drop_rate: float = 0.0,
+    precision: str = "float32",
+    loss_rows_per_chunk: int | None = None,
+) -> GPTModel:
     """Build a fresh model in one compiled call."""
-    return GPTModel(config, nnx.Rngs(params=jax.random.key(seed)), drop_rate=drop_rate, dtype=jnp.dtype(precision))
+    rngs, dtype = nnx.Rngs(params=jax.random.key(seed)), jnp.dtype(precision)
+    return GPTModel(config, rngs, drop_rate=drop_rate, dtype=dtype, loss_rows_per_chunk=loss_rows_per_chunk)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Count the parameters of a model without building it."""
-    shell, with_a_layer = (_size(config.model_copy(update={"n_layers": layers})) for layers in (0, 1))
+def count_parameters(config: ModelConfig, min_ndim: int = 0) -> int:
+    """Count the parameters of a model, or those in arrays of enough axes, without building it."""
+    shell, with_a_layer = (_size(config.model_copy(update={"n_layers": layers}), min_ndim) for layers in (0, 1))
     return shell + config.n_layers * (with_a_layer - shell)  # every layer is like the first
 
 
-def _size(config: ModelConfig) -> int:
+def _size(config: ModelConfig, min_ndim: int) -> int:
     model = nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim >= min_ndim)

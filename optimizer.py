@@ -2,16 +2,15 @@
 
 Reading inwards, one global step passes through
 
-    MultiSteps            joins the calls of a global step (only when `microbatches_per_call` asks for several)
-    inject_hyperparams    the learning rate, by the number of global steps, rejected ones included
-    guard                 measures the norm of the mean gradient; rejects the update when it is not finite, so that no
-                          parameter and no moment changes; otherwise clips by it
+    MultiSteps             averages the calls of a global step (only where `microbatches_per_call` is given)
+    inject_hyperparams     the learning rate, by the number of global steps, rejected ones included
+    measure_norm           keeps the norm of the mean gradient; makes a gradient whose norm overflows not finite
+    apply_if_finite        rejects the update when a gradient is not finite: no parameter and no moment changes
+    clip_by_global_norm
     adamw
 
-The learning rate stands outside the guard so that a rejected update moves the schedule on as it moves the data on.
-
-`guard` does the work of optax's `apply_if_finite` and `clip_by_global_norm` with one pass over the gradients where
-those take five. Sources: https://optax.readthedocs.io; AdamW, https://arxiv.org/abs/1711.05101.
+The learning rate stands outside `apply_if_finite` so that a rejected update moves the schedule on as it moves the data
+on. All but `measure_norm` is optax's: https://optax.readthedocs.io. AdamW: https://arxiv.org/abs/1711.05101.
 """
 
 from typing import Any, NamedTuple
@@ -23,17 +22,14 @@ from flax import nnx
 
 from config import TrainConfig
 
+MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
 START_FACTOR, END_FACTOR = 1e-5, 0.1  # of the peak learning rate
+MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
+NEVER = jnp.iinfo(jnp.int32).max  # rejections in a row after which optax would accept: it counts no further
 
 
-class GuardState(NamedTuple):
-    """What is known of the updates so far: scalars, and the state of the transformation inside."""
-
-    gradient_norm: jax.Array  # float32, of the last one, before clipping
-    rejected: jax.Array  # bool, whether the last one was
-    rejected_updates: jax.Array  # int32, since the start
-    consecutive_rejections: jax.Array  # int32, up to now
-    inner_state: optax.OptState
+class NormState(NamedTuple):
+    gradient_norm: jax.Array  # float32, of the last update, before clipping
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -51,45 +47,43 @@ def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> 
     """Build the optimiser of a run over all of the model's parameters."""
 
     def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
-        adamw = optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay)
-        return guard(adamw, config.clipping_max_norm)
+        clip = optax.clip_by_global_norm(_max_norm(config))
+        mask = _are_matrices if config.weight_decay_on == "matrices" else None
+        adamw = optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay, mask=mask)
+        return optax.chain(measure_norm(), optax.apply_if_finite(optax.chain(clip, adamw), NEVER))
 
     transformation = optax.inject_hyperparams(guarded_adamw)(learning_rate_schedule(config, total_steps))
     if config.microbatches_per_call is not None:  # also one call: the state is of one form on any number of devices
-        transformation = join_calls(transformation, config.calls_per_step)
+        transformation = accumulate_calls(transformation, config.calls_per_step)
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
-def guard(inner: optax.GradientTransformation, max_norm: float) -> optax.GradientTransformation:
-    """Clip gradients by their global norm, and reject them when it is not finite: then `inner` does not see them.
+def _max_norm(config: TrainConfig) -> float:
+    """Return the norm that gradients are clipped to, as a float32; without clipping the largest, which none exceeds."""
+    return min(config.clipping_max_norm or MAX_FLOAT32, MAX_FLOAT32)
 
-    The norm is not finite when any gradient is not, nor when it is beyond float32 itself.
+
+def _are_matrices(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim >= MATRIX_NDIM, params)
+
+
+def measure_norm() -> optax.GradientTransformation:
+    """Keep the global norm of the gradient; where it overflows, make the gradient not finite, so that it is rejected.
+
+    `clip_by_global_norm` alone would divide by infinity: an update of zeros, which nobody would notice.
     """
-
-    def init(params: optax.Params) -> GuardState:
-        norm, rejected = jnp.zeros(()), jnp.zeros((), bool)
-        return GuardState(norm, rejected, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         norm = optax.tree.norm(updates).astype(jnp.float32)
-        factor = max_norm / jnp.maximum(norm, max_norm)  # 1 where nothing is clipped
+        leaves, structure = jax.tree.flatten(updates)
+        smallest = min(range(len(leaves)), key=lambda i: leaves[i].size)  # one is enough, and costs nothing
+        leaves[smallest] = jnp.where(jnp.isfinite(norm), leaves[smallest], jnp.nan)
+        return jax.tree.unflatten(structure, leaves), NormState(norm)
 
-        def accept(grads: Any, inner_state: Any, params: Any) -> Any:
-            return inner.update(jax.tree.map(lambda x: factor.astype(x.dtype) * x, grads), inner_state, params)
-
-        def reject(grads: Any, inner_state: Any, params: Any) -> Any:
-            return jax.tree.map(jnp.zeros_like, grads), inner_state
-
-        rejected = ~jnp.isfinite(norm)
-        # In this order: with `reject` first XLA copies every moment.
-        updates, inner_state = jax.lax.cond(~rejected, accept, reject, updates, state.inner_state, params)
-        in_a_row = jnp.where(rejected, state.consecutive_rejections + 1, 0)
-        return updates, GuardState(norm, rejected, state.rejected_updates + rejected, in_a_row, inner_state)
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: NormState(jnp.zeros(())), update)
 
 
-def join_calls(inner: optax.GradientTransformation, calls: int) -> optax.GradientTransformation:
+def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.GradientTransformation:
     """Average the gradients of `calls` calls, then update once: `optax.MultiSteps`, safe against NaN.
 
     MultiSteps clears its accumulator by multiplying it with 0, and 0 · NaN is NaN: after one NaN no update would ever
@@ -112,12 +106,12 @@ def update_report(optimizer: nnx.Optimizer, config: TrainConfig) -> dict[str, ja
     `rejected_updates` counts since the start of the run, `consecutive_rejections` up to now.
     """
     state = nnx.as_pure(optimizer.opt_state)
-    norm, rejected = (optax.tree.get(state, name) for name in ("gradient_norm", "rejected"))
+    norm, is_accepted = (optax.tree.get(state, name) for name in ("gradient_norm", "last_finite"))
     return {
         "learning_rate": optax.tree.get(state, "hyperparams")["learning_rate"],
         "gradient_norm": norm,
-        "clipped": ~rejected & (norm > config.clipping_max_norm),
-        "rejected": rejected,
-        "rejected_updates": optax.tree.get(state, "rejected_updates"),
-        "consecutive_rejections": optax.tree.get(state, "consecutive_rejections"),
+        "clipped": is_accepted & (norm > _max_norm(config)),
+        "rejected": ~is_accepted,
+        "rejected_updates": optax.tree.get(state, "total_notfinite"),
+        "consecutive_rejections": optax.tree.get(state, "notfinite_count"),
     }

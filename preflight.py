@@ -10,6 +10,7 @@ from flops import FORMULA, flops_per_token
 from loss import chunk_size
 from mesh import FSDP, describe_mesh, one_device
 from model import GPTModel, count_parameters
+from optimizer import MATRIX_NDIM
 from run_directory import RunDirectory
 from weights import named_arrays
 
@@ -50,6 +51,8 @@ def describe(
             f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
             f"{tokens / parameters:.3g} tokens per parameter"
         )
+    decaying = parameters if train.weight_decay_on == "all" else count_parameters(model, MATRIX_NDIM)
+    lines.append(f"decay   {train.weight_decay:g} of {decaying:,} of {parameters:,} parameters")
     if train.initial_weights is not None:
         lines.append(f"origin  the weights in {train.initial_weights}")
     if leaked_share is not None:

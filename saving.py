@@ -235,11 +235,11 @@ def sample(training: Training) -> str | None:
 
 def on_one_device(model: GPTModel) -> GPTModel | None:
     """Return a copy of a model on the first process's first device alone; to be called by all processes."""
-    graph, params = nnx.split(model, nnx.Param)
-    arrays = host_arrays(params)
+    graph, state = nnx.split(model)
+    arrays = host_arrays(state)
     if not processes.is_first():
         return None
-    paths = [path for path, _ in nnx.to_flat_state(params)]
+    paths = [path for path, _ in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(zip(paths, jax.device_put(list(arrays.values())), strict=True)))
 
 

@@ -107,7 +107,7 @@ def set_up(
         "revision": dataset_revision(folder),
     }
     prints = processes.from_the_first(prints)
-    model = create_model(model_config, config.seed, config.drop_rate, config.precision)
+    model = create_model(model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
     place(model, mesh)
     optimizer = make_optimizer(model, config, total)
     place(optimizer, mesh)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from config import TrainConfig
 from data import Batch
 from dropout import Dropout
-from loss import add_head_gradient, fused_cross_entropy, fused_losses, prepare_head
+from inspection import NORM_SCALE
 from mesh import AXES, DATA, FSDP, array_shardings, array_spec, give_back_freed_memory, one_device
-from model import GPTModel, compute_copy
+from model import GPTModel
 from optimizer import update_report
 from weights import named_arrays
 
@@ -40,7 +40,7 @@ def train_step(
     update was rejected, and the largest `wish` of all devices; all on the device.
     """
     mesh = mesh or one_device()
-    loss, grads, losses_A = mean_gradient(model, batch, seed_key, config.loss_rows_per_chunk, mesh)
+    loss, grads, losses_A = mean_gradient(model, batch, seed_key, mesh)
     optimizer.update(model, grads)
     for module in (model, optimizer):  # what comes out lies where it came from
         state = nnx.state(module)
@@ -52,21 +52,15 @@ def train_step(
 
 @partial(nnx.jit, static_argnames="mesh")
 def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Return the mean loss of each sequence, (B,), dropout off."""
+    """Return `model.loss` on each device's share of the sequences, (devices,), dropout off."""
     mesh = mesh or one_device()
-    graph, params = nnx.split(model)
+    graph, state = nnx.split(model)
 
-    def on_device(params: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        losses_BT = token_losses(nnx.merge(graph, params), inputs_BT, targets_BT)
-        return jax.lax.all_gather(losses_BT.mean(axis=1), AXES, tiled=True)
+    def on_device(state: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        loss = nnx.merge(graph, state).loss(inputs_BT, targets_BT)
+        return jax.lax.all_gather(loss, AXES)
 
-    return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(params, inputs_BT, targets_BT)
-
-
-def token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Return the loss of every target, (B, T), float32, in nats, dropout off."""
-    hidden_BTD = model.hidden_states(inputs_BT).astype(model.dtype)
-    return fused_losses(hidden_BTD, model.unembedding.embedding[...], targets_BT)
+    return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(state, inputs_BT, targets_BT)
 
 
 class Compiled:
@@ -135,15 +129,6 @@ def steps_ahead() -> int:
     return 0 if jax.default_backend() == "cpu" else 1
 
 
-def model_loss(
-    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None
-) -> jax.Array:
-    """Return the mean loss of a microbatch, a scalar."""
-    head_VD = model.unembedding.embedding[...]
-    hidden_BTD = model.hidden_states(inputs_BT, dropout)
-    return fused_cross_entropy(hidden_BTD, head_VD, targets_BT, prepare_head(head_VD, model.dtype))
-
-
 def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.Array, sequences: int) -> Dropout:
     """Dropout masks are a function of the seed, the global step (from 0) and the number of the sequence in it alone."""
     step_key = jax.random.fold_in(seed_key, global_step)
@@ -152,29 +137,26 @@ def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.
 
 
 def mean_gradient(
-    model: GPTModel,
-    batch: Batch,
-    seed_key: jax.Array,
-    rows_per_chunk: int | None = None,
-    mesh: Mesh | None = None,
+    model: GPTModel, batch: Batch, seed_key: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, nnx.State, jax.Array]:
-    """Average loss and gradient over the microbatches of a call, and over the devices that share each of them.
+    """Average `model.loss` and its gradient over the microbatches of a call, and over the devices that share each.
 
     Parameters that are spread over `fsdp` are gathered once; gradients are added up on each device, and reduced over
     all of them once, at the end. Also returns the loss of each microbatch, (A,).
     """
     mesh = mesh or one_device()
-    graph, params = nnx.split(model)
+    graph, state = nnx.split(model)
 
-    def on_device(params: nnx.State, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
-        grads, losses_A = _add_up(nnx.merge(graph, params), batch, seed_key, mesh.devices.size, rows_per_chunk)
+    def on_device(state: nnx.State, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
+        grads, losses_A = _add_up(nnx.merge(graph, state), batch, seed_key, mesh.devices.size)
         losses_A = jax.lax.pmean(losses_A, AXES)
         return losses_A.mean(), jax.tree.map(partial(_reduced, mesh=mesh), grads), losses_A
 
-    specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
+    specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), nnx.state(model, nnx.Param))
     sequences = PartitionSpec(None, AXES)
     given = [Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES)), PartitionSpec()]
-    return _over(mesh, on_device, given, (PartitionSpec(), specs, PartitionSpec()))(params, batch, seed_key)
+    out = PartitionSpec(), specs, PartitionSpec()
+    return _over(mesh, on_device, given, out)(state, batch, seed_key)
 
 
 def _over(mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any) -> Callable[..., Any]:
@@ -204,51 +186,84 @@ def _reduced(grad: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.psum(part, DATA)
 
 
-def _add_up(
-    model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int, rows_per_chunk: int | None
-) -> tuple[nnx.State, jax.Array]:
+def _add_up(model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int) -> tuple[nnx.State, jax.Array]:
     """Add up the gradients of this device's sequences, one microbatch after the other, as its share of the mean.
 
-    The gradients of the two large tables, head and embedding, are added up where they arise: an array of their size for
-    each microbatch would cost as much as several layers. Also returns the loss of each microbatch, (A,).
+    Also returns the loss of each microbatch, (A,).
     """
-    graph, params = nnx.split(model)
     global_step, first = batch.position
     count, sequences, _ = batch.inputs.shape
-    prepared_PD = prepare_head(model.unembedding.embedding[...], model.dtype)
-    cast = compute_copy(params, model.dtype)
-    share = 1 / (count * devices)
 
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
         inputs_BT, targets_BT, number = microbatch
         first_sequence = (number * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
+        dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
 
-        def hidden_states(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
-            dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
-            return nnx.merge(graph, params).transform(x_BTD, dropout)
-
-        hidden_BTD, pull_back = jax.vjp(hidden_states, cast, model.embed(inputs_BT))
-        totals = nnx.merge(graph, total)
-        head, embedding = totals.unembedding.embedding, totals.token_embedding.embedding
-        loss, slopes_BTD, head[...] = add_head_gradient(
-            head[...], prepared_PD, hidden_BTD, targets_BT, share, rows_per_chunk
-        )
-        grads, slopes_BTD = pull_back(slopes_BTD)
-        embedding[...] = embedding[...].at[inputs_BT].add(slopes_BTD)
-        return jax.tree.map(jnp.add, nnx.state(totals), grads), loss  # in float32
+        loss, grads = loss_and_gradient(model, inputs_BT, targets_BT, dropout, 1 / (count * devices))
+        return jax.tree.map(jnp.add, total, grads), loss
 
     microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    return jax.lax.scan(add, zeros, microbatches)
+
+
+def loss_and_gradient(
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None, scale: float = 1.0
+) -> tuple[jax.Array, nnx.State]:
+    """Return `model.loss`, and the gradient of `scale` times it by all parameters.
+
+    Raises ValueError when the forward pass changes a variable of the model: training would not keep that.
+    """
+    graph, params, constants = nnx.split(model, nnx.Param, ...)
+
+    def scaled_loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params, jax.tree.map(lambda x: x, constants))  # variables of its own
+        before = named_arrays(nnx.state(model))
+        loss = model.loss(inputs_BT, targets_BT, dropout)
+        after = named_arrays(nnx.state(model))
+        if changed := [name for name, array in before.items() if after.get(name) is not array]:
+            raise ValueError(
+                f"model.py: the forward pass changes {changed[0]}, which training would not keep; "
+                "return what is to be kept, and draw random numbers with `dropout(x, rate)`"
+            )
+        return scale * loss, loss
+
+    grads, loss = jax.grad(scaled_loss, has_aux=True)(params)
+    return loss, grads
+
+
+def backward_order(model: GPTModel) -> list[str]:
+    """Name the parameters in the order in which the backward pass computes their gradients."""
+    graph, params, constants = nnx.split(model, nnx.Param, ...)
+    if graph not in _BACKWARD_ORDERS:
+        tokens_BT = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.uint16)
+
+        def gradients(params: nnx.State, constants: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
+            model = nnx.merge(graph, params, constants)
+            return list(named_arrays(loss_and_gradient(model, tokens_BT, tokens_BT, None)[1]).values())
+
+        jaxpr = jax.make_jaxpr(gradients)(params, constants, tokens_BT).jaxpr
+        position = {id(array): i for i, equation in enumerate(jaxpr.eqns) for array in equation.outvars}
+        positions = {name: position.get(id(array), -1) for name, array in zip(named_arrays(params), jaxpr.outvars)}
+        _BACKWARD_ORDERS[graph] = sorted(positions, key=lambda name: positions[name])
+    return _BACKWARD_ORDERS[graph]
+
+
+_BACKWARD_ORDERS: dict[nnx.GraphDef, list[str]] = {}  # of each form of model that was asked for
 
 
 def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
     """Return what tells where a gradient stopped being finite: the loss of each microbatch and gradient norms.
 
-    The losses are (A,), the norms (P,), in the order of `weights.named_arrays`. Where one call is a global step,
-    clipping and rejecting need the same sums, and XLA takes them once.
+    The losses are (A,), the norms (P,), in the order of `weights.named_arrays`. Where one call is a global step, the
+    optimizer needs the same sums, and XLA takes them once. When a norm is not finite, `scaled_norms` tells whether a
+    gradient is not, or only the sum of squares was too large for float32: they are norms times `NORM_SCALE`.
     """
-    arrays = named_arrays(grads).values()
-    return {
-        "losses": losses_A,
-        "gradient_norms": jnp.stack([optax.tree.norm(array).astype(jnp.float32) for array in arrays]),
-    }
+    arrays = list(named_arrays(grads).values())
+
+    def norms(scale: float) -> jax.Array:
+        return jnp.stack([optax.tree.norm(scale * array).astype(jnp.float32) for array in arrays])
+
+    norms_P = norms(1.0)
+    scaled_P = jax.lax.cond(jnp.isfinite(norms_P).all(), lambda: jnp.zeros_like(norms_P), lambda: norms(NORM_SCALE))
+    return {"losses": losses_A, "gradient_norms": norms_P, "scaled_norms": scaled_P}

@@ -105,10 +105,13 @@ def note_rejection(training: Training, step: int, evidence: list[dict[str, np.nd
 
     The parameters are those after the next step, which may have begun: what is not finite stays so.
     """
-    parameters = named_arrays(nnx.state(training.model, nnx.Param))
+    model = training.model
+    parameters = named_arrays(nnx.state(model, nnx.Param))
     bad_parameters = [name for name, is_finite in jax.device_get(_all_finite(parameters)).items() if not is_finite]
     positions_KB = training.config.start_train_token + training.train_stream.positions(step - 1)
-    known = describe_rejection(step, list(parameters), evidence, bad_parameters, positions_KB)
+    known = describe_rejection(
+        step, evidence, list(parameters), steps.backward_order(model), bad_parameters, positions_KB
+    )
     path = training.run.rejected(step)
     if not processes.is_first():
         return ""
@@ -118,7 +121,7 @@ def note_rejection(training: Training, step: int, evidence: list[dict[str, np.nd
         temporary.replace(path)
     except OSError as error:  # a full disk must not end the training
         return f"WARNING step {step:,}: its update was rejected, and what is known cannot be written ({error})"
-    return f"WARNING step {step:,}: its update was rejected, its gradient is not finite; {path} says where"
+    return f"WARNING step {step:,}: its update was rejected, {known['reason']}; {path} says where"
 
 
 @jax.jit

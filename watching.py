@@ -1,11 +1,14 @@
 """What looks on while a run trains: the first loss, whether parameters change, and the checks that are asked for."""
 
 import jax
+from flax import nnx
 
 from data import Batch
 from debug_checks import make_checks
 from inspection import check_parameters_changed, first_loss_line, hash_line, matching, parameter_hashes
+from optimizer import MATRIX_NDIM
 from training import Report, Training, mean_of_calls
+from weights import named_arrays
 
 
 class Watcher:
@@ -42,7 +45,9 @@ class Watcher:
             return lines
         self._hashes = self._hash()
         if not self._is_proven and not reports[-1]["rejected"]:
-            check_parameters_changed(before, self._hashes)
+            parameters = named_arrays(nnx.state(training.model, nnx.Param))
+            matrices = {name for name, array in parameters.items() if array.ndim >= MATRIX_NDIM}
+            check_parameters_changed(before, self._hashes, matrices)
             self._is_proven = True
         if self._pattern:
             lines.append(hash_line(training.global_step, before, matching(self._hashes, self._pattern)))

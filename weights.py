@@ -13,12 +13,16 @@ from config import LARGEST_JSON_BYTES
 from processes import fetch, put
 from tensor_files import open_tensors
 
-FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+DTYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
+    f"{letter}{bits}": f"{kind}{bits}"
+    for letter, kind in (("F", "float"), ("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
 
 
 def load_model(path: Path, model: nnx.Module) -> None:
     """Put the weights of one `model.safetensors` into a model; raises ValueError when they do not fit."""
-    nnx.update(model, match(nnx.state(model, nnx.Param), load_weights(path), path))
+    nnx.update(model, match(nnx.state(model), load_weights(path), path))
 
 
 def save_weights(path: Path, arrays: Mapping[str, np.ndarray], model_json: str, **metadata: str) -> None:
@@ -53,7 +57,7 @@ class StoredArray:
     @property
     def dtype(self) -> str:
         dtype = self.content.get_dtype()
-        return FLOAT_TYPES.get(dtype, dtype)
+        return DTYPES.get(dtype, dtype)
 
     @property
     def shape(self) -> list[int]:

@@ -23,8 +23,9 @@ output_norm attention_output_bias tied_head
 """
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
-shuffle start_train_token start_val_token val_tokens learning_rate weight_decay beta2 warmup_period_percent
-clipping_max_norm drop_rate seed precision loss_rows_per_chunk checkpoint_interval keep_checkpoints initial_weights
+shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on beta2
+warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk checkpoint_interval
+keep_checkpoints initial_weights
 max_consecutive_rejections sample_prompt mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
@@ -80,6 +81,7 @@ def test_every_key_says_what_its_change_means_on_resume(config_class):
         ("seed", "fatal"),
         ("learning_rate", "announced"),
         ("clipping_max_norm", "announced"),
+        ("weight_decay_on", "announced"),
         ("checkpoint_interval", "free"),
         ("sample_prompt", "free"),
     ],
@@ -275,6 +277,35 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
 )
 def test_values_that_do_not_fit_together_are_refused_with_a_remedy(config_class, changes, line, complaint_about):
     assert line in complaint_about(changed(config_class, **changes), config_class)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("beta2", 0.99999999), ("weight_decay", 1e39), ("weight_decay", 1e-60), ("learning_rate", 1e-60)),
+        *(("drop_rate", 0.99999999), ("drop_rate", 1e-60), ("clipping_max_norm", 1e-60)),
+    ],
+)
+def test_a_number_that_float32_makes_another_of_is_refused(name, value, complaint_about):
+    line = complaint_about(changed(**{name: value}))
+    assert line.startswith(f"{name}: expected a number that float32 can hold, got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("beta2", 0.9999999),
+            ("beta2", 0.0),
+            ("weight_decay", 1e38),
+            ("weight_decay", 1.0),
+            ("learning_rate", 1e-30),
+        ),
+        *(("clipping_max_norm", value) for value in (1e9, 1e38, 1e40, 1e300, 1.0, None)),
+    ],
+)
+def test_a_number_that_float32_can_take_is_taken(name, value):
+    assert getattr(parse_config(changed(**{name: value}), TrainConfig, "train.json"), name) == value
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])

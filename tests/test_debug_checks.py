@@ -69,7 +69,17 @@ def test_a_gradient_that_is_not_finite_is_named_though_all_else_is(batch):
     model = tiny_model(n_layers=1)
     model.blocks[0].feed_forward = Corner()
     found = make_checks(model)(model, batch, KEY)
-    assert found.startswith("global step 7, microbatch 0: gradient of blocks.0.attention") and "not finite" in found
+    assert found.startswith("global step 7, microbatch 0: gradient of blocks.0.feed_forward_norm")
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_norm_that_overflows_is_named_where_the_backward_pass_first_leaves_float32(batch, microbatches):
+    model = tiny_model(n_layers=2)
+    model.blocks[1].attention_norm.scale[...] *= 1e-22  # its gradient is as large as what it makes small
+    model.blocks[1].attention.query_key_value.kernel[...] *= 1e22
+    batch = batch._replace(inputs=batch.inputs[:microbatches], targets=batch.targets[:microbatches])
+    found = make_checks(model)(model, batch, KEY)
+    assert found == "global step 7: gradient of blocks.1.attention_norm.bias: its norm overflows float32"
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])

@@ -10,8 +10,10 @@ from conftest import ROOT, TINY_MODEL, tiny_model
 from flax import nnx
 
 from inspection import (
+    NORM_SCALE,
     array_table,
     check_parameters_changed,
+    describe_rejection,
     first_loss_line,
     hash_line,
     matching,
@@ -62,8 +64,38 @@ def test_a_changed_parameter_changes_exactly_its_own_hash():
 def test_an_update_that_changes_nothing_is_an_error():
     hashes = {"a": "1", "b": "2"}
     with pytest.raises(RuntimeError, match="changed no parameter"):
-        check_parameters_changed(hashes, dict(hashes))
-    check_parameters_changed(hashes, hashes | {"b": "3"})
+        check_parameters_changed(hashes, dict(hashes), ["a"])
+    with pytest.raises(RuntimeError, match=r"changed no matrix, only b; .*too small for float32"):
+        check_parameters_changed(hashes, hashes | {"b": "3"}, ["a"])
+    check_parameters_changed(hashes, hashes | {"a": "3"}, ["a"])
+    check_parameters_changed(hashes, hashes | {"b": "3"}, [])
+
+
+def rejection(norms, scaled=(0.0, 0.0, 0.0)):
+    evidence = [{"losses": np.ones(1), "gradient_norms": np.float32(norms), "scaled_norms": np.float32(scaled)}]
+    return describe_rejection(7, evidence, ["a", "b", "c"], ["c", "b", "a"], [], np.zeros((1, 1), int))
+
+
+def test_a_rejection_names_the_first_bad_gradient_of_the_backward_pass():
+    known = rejection([np.nan, np.inf, 1.0], [np.nan, np.inf, 0.0])
+    assert known["reason"] == "a gradient is not finite"
+    assert known["first_gradient_not_finite"] == "b" and known["largest_gradient"] is None
+    assert known["gradient_norms_of_each_call"] == {"a": [None], "b": [None], "c": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("norms", "scaled", "largest"),
+    [
+        ([1.0, np.inf, np.inf], [0.0, 1e30 * NORM_SCALE, 1e25 * NORM_SCALE], "b"),
+        ([1.7e19, 1.8e19, 1.0], [0.0, 0.0, 0.0], "b"),  # their squares overflow only together
+    ],
+)
+def test_an_overflow_of_the_norm_is_called_that_and_names_the_largest_gradient(norms, scaled, largest):
+    known = rejection(norms, scaled)
+    assert known["reason"] == "the norm of the gradient overflows float32"
+    assert known["first_gradient_not_finite"] is None and known["largest_gradient"] == largest
+    [norm] = known["gradient_norms_of_each_call"][largest]
+    assert norm == pytest.approx(1e30 if np.inf in norms else 1.8e19, rel=1e-5)
 
 
 @pytest.mark.parametrize(

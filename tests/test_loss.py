@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loss import chunk_size, cross_entropy, fused_cross_entropy, prepare_head
+from loss import chunk_size, chunked_cross_entropy, chunked_losses, cross_entropy
 
 
 def reference(logits, targets):
@@ -31,8 +31,8 @@ def test_the_gradient_is_the_one_of_finite_differences():
     direction = jax.random.normal(jax.random.key(1), logits.shape)
     step = 1e-4
     difference = reference(logits + step * direction, targets) - reference(logits - step * direction, targets)
-    slope = jnp.vdot(jax.grad(cross_entropy)(logits, targets), direction)
-    assert slope == pytest.approx(difference / (2 * step), rel=1e-3)
+    derivative = jnp.vdot(jax.grad(cross_entropy)(logits, targets), direction)
+    assert derivative == pytest.approx(difference / (2 * step), rel=1e-3)
 
 
 def test_half_precision_logits_are_summed_in_float32():
@@ -56,83 +56,134 @@ def in_float64(hidden, head, targets):
     logits = flat @ head.T
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
-    slopes = (shares - np.eye(len(head))[targets.ravel()]) / len(flat)
-    return reference(logits, targets.ravel()), (slopes @ head).reshape(hidden.shape), slopes.T @ flat
+    d_logits = (shares - np.eye(len(head))[targets.ravel()]) / len(flat)
+    return reference(logits, targets.ravel()), (d_logits @ head).reshape(hidden.shape), d_logits.T @ flat
 
 
-def fused(hidden, head, targets, rows_per_chunk=None, **options):
-    """Return what the fused loss gives for the same, and what it gives when no gradient is asked for."""
+def linear(head, dtype=jnp.float32):
+    return lambda hidden: hidden.astype(dtype) @ head.astype(dtype).T
 
-    @jax.jit
+
+def with_gradients(loss, hidden, head, targets):
+    """Return a loss when no gradient is asked for, when one is, and its gradients by hidden states and head."""
+    loss = jax.jit(partial(loss, targets=targets))
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+    return loss(hidden, head), value, *grads
+
+
+def chunked(hidden, head, targets, rows_per_chunk=None, unembed=linear):
     def loss(hidden, head, targets):
-        return fused_cross_entropy(hidden, head, targets, prepare_head(head, **options), rows_per_chunk)
+        return chunked_cross_entropy(unembed(head), hidden, targets, rows_per_chunk)
 
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, targets)
-    return loss(hidden, head, targets), value, *slopes
+    return with_gradients(loss, hidden, head, targets)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [None, 1, 4, 10, 20, 21, 1000])
-@pytest.mark.parametrize("rows", [(3, 7), (1, 1), (2, 1, 5), (13,)], ids=str)
-def test_the_fused_loss_and_its_gradients_are_those_of_float64(rows, rows_per_chunk):
-    loss, hidden_slopes, head_slopes = in_float64(*problem(rows))
-    alone, value, *slopes = fused(*problem(rows), rows_per_chunk=rows_per_chunk)
+@pytest.mark.parametrize("rows", [(3, 7), (1, 1), (2, 5), (1, 13)], ids=str)
+def test_the_chunked_loss_and_its_gradients_are_those_of_float64(rows, rows_per_chunk):
+    loss, d_hidden, d_head = in_float64(*problem(rows))
+    alone, value, *grads = chunked(*problem(rows), rows_per_chunk=rows_per_chunk)
     assert alone == pytest.approx(loss, rel=1e-6)
     assert value == pytest.approx(loss, rel=1e-6)
-    np.testing.assert_allclose(slopes[0], hidden_slopes, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(slopes[1], head_slopes, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grads[0], d_hidden, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grads[1], d_head, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("vocab_multiple", [1, 2, 101, 128])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_padded_vocabulary_changes_nothing(dtype, vocab_multiple):
+SHIFT = jnp.sin(jnp.arange(101))[None, None]
+HEADS = {
+    "a soft-cap": lambda head: lambda hidden: 5 * jnp.tanh(linear(head)(hidden) / 5),
+    "a bias from the head itself": lambda head: lambda hidden: linear(head)(hidden) + head.sum(axis=1)[None, None],
+    "a temperature that is learned": lambda head: lambda hidden: linear(head)(hidden) * jnp.exp(head[0, 0]),
+    "a constant": lambda head: lambda hidden: linear(head)(hidden) + SHIFT,
+    "another order": lambda head: lambda hidden: linear(head)(hidden)[..., jnp.arange(101)[::-1]],
+    "no head at all": lambda head: lambda hidden: jnp.pad(hidden, ((0, 0), (0, 0), (0, 93))) + 0 * head.sum(),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_any_function_to_logits_gets_its_gradients(name):
+    def plain(hidden, head, targets):
+        return cross_entropy(HEADS[name](head)(hidden), targets)
+
+    expected = with_gradients(plain, *problem())
+    for ours, reference in zip(chunked(*problem(), rows_per_chunk=4, unembed=HEADS[name]), expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_of_every_target_has_gradients_too(name):
     hidden, head, targets = problem()
-    hidden = -10 * jnp.abs(hidden)  # with a head above 0, the padding's logits, 0, would be by far the largest
-    options = {"rows_per_chunk": 4, "dtype": dtype}
-    expected = fused(hidden, jnp.abs(head), targets, vocab_multiple=1, **options)
-    padded = fused(hidden, jnp.abs(head), targets, vocab_multiple=vocab_multiple, **options)
-    for ours, plain in zip(padded, expected, strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    weights = jnp.linspace(0, 1, targets.size).reshape(targets.shape)
+
+    def ours(hidden, head, targets):
+        return (chunked_losses(HEADS[name](head), hidden, targets, 4) * weights).sum()
+
+    def plain(hidden, head, targets):
+        log_shares = jax.nn.log_softmax(HEADS[name](head)(hidden))
+        return -(jnp.take_along_axis(log_shares, targets[..., None].astype(int), axis=-1)[..., 0] * weights).sum()
+
+    for found, reference in zip(*(with_gradients(loss, hidden, head, targets) for loss in (ours, plain))):
+        np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        hidden, head, targets = (np.float64(x) if x.dtype == np.float32 else x for x in problem())
+        loss, d_hidden, d_head = in_float64(hidden, head, targets)
+        _, value, *grads = chunked(hidden, head, targets, rows_per_chunk=4, unembed=lambda head: lambda x: x @ head.T)
+        assert value.dtype == np.float64 and value == pytest.approx(loss, rel=1e-12)
+        np.testing.assert_allclose(grads[0], d_hidden, rtol=1e-10)
+        np.testing.assert_allclose(grads[1], d_head, rtol=1e-10)
 
 
 def test_few_rows_are_cut_too():
-    hidden, head, targets = problem((6,))
-    text = jax.jit(fused_cross_entropy).lower(hidden, head, targets).as_text()
-    assert "tensor<3x101xf32>" in text and "tensor<6x101xf32>" not in text
+    hidden, head, targets = problem((1, 6))
+    loss = jax.jit(lambda hidden, head: chunked_cross_entropy(linear(head), hidden, targets))
+    text = loss.lower(hidden, head).as_text()
+    assert "3x101xf32>" in text and "6x101xf32>" not in text
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_fused_loss_takes_extreme_logits(sign):
+def test_the_chunked_loss_takes_extreme_logits(sign):
     hidden, head, targets = problem(scale=sign * 1e4)
-    loss, hidden_slopes, head_slopes = in_float64(hidden, head, targets)
-    alone, value, *slopes = fused(hidden, head, targets, rows_per_chunk=4)
+    loss, d_hidden, d_head = in_float64(hidden, head, targets)
+    alone, value, *grads = chunked(hidden, head, targets, rows_per_chunk=4)
     assert alone == pytest.approx(loss, rel=1e-5)
     assert value == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(slopes[0], hidden_slopes, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(slopes[1], head_slopes, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(grads[0], d_hidden, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(grads[1], d_head, rtol=1e-4, atol=1e-2)
+
+
+half = partial(linear, dtype=jnp.bfloat16)
 
 
 def test_a_target_that_is_all_but_certain_has_a_gradient_in_half_precision_too():
     """1 - share is 3e-4 here; taken between two bfloat16 numbers it would be 0."""
     head = jnp.array([[8.0], [0.0]])
-    _, value, hidden_slopes, _ = fused(jnp.ones((1, 1)), head, jnp.zeros(1, jnp.uint16), dtype=jnp.bfloat16)
+    _, value, d_hidden, _ = chunked(jnp.ones((1, 1, 1)), head, jnp.zeros((1, 1), jnp.uint16), unembed=half)
     assert value == pytest.approx(np.log1p(np.exp(-8)), rel=1e-3)
-    assert hidden_slopes[0, 0] == pytest.approx(-8 / (1 + np.exp(8)), rel=1e-2)
+    assert d_hidden[0, 0, 0] == pytest.approx(-8 / (1 + np.exp(8)), rel=1e-2)
 
 
 def test_half_precision_products_give_the_loss_and_float32_gradients_within_its_rounding():
     hidden, head, targets = (x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem((4, 50)))
-    loss, hidden_slopes, head_slopes = in_float64(hidden, head, targets)
-    _, value, *slopes = fused(hidden.astype(jnp.float32), head.astype(jnp.float32), targets, dtype=jnp.bfloat16)
-    assert value == pytest.approx(loss, rel=1e-5)
-    for found, expected in zip(slopes, (hidden_slopes, head_slopes), strict=True):
+    loss, d_hidden, d_head = in_float64(hidden, head, targets)
+    _, value, *grads = chunked(hidden.astype(jnp.float32), head.astype(jnp.float32), targets, unembed=half)
+    assert value == pytest.approx(loss, rel=2e-3)  # logits have eight bits
+    for found, expected in zip(grads, (d_hidden, d_head), strict=True):
         assert found.dtype == jnp.float32
-        assert np.linalg.norm(found - expected) < 4e-3 * np.linalg.norm(expected)
+        assert np.linalg.norm(found - expected) < 8e-3 * np.linalg.norm(expected)
+
+
+def test_sums_over_the_vocabulary_are_float32_in_half_precision():
+    _, value, *_ = chunked(jnp.zeros((1, 4, 8)), jnp.ones((50257, 8)), jnp.zeros((1, 4), int), unembed=half)
+    assert value == pytest.approx(np.log(50257), rel=1e-6)
 
 
 def test_gradients_scale_with_what_follows_the_loss():
     def scaled(head):
         hidden, _, targets = problem()
-        return 3 * fused_cross_entropy(hidden, head, targets) + 1
+        return 3 * chunked_cross_entropy(linear(head), hidden, targets) + 1
 
     hidden, head, targets = problem()
     np.testing.assert_allclose(jax.grad(scaled)(head), 3 * in_float64(hidden, head, targets)[2], rtol=1e-4, atol=1e-7)
@@ -140,18 +191,24 @@ def test_gradients_scale_with_what_follows_the_loss():
 
 def test_a_tied_head_adds_both_gradients():
     table = jax.random.normal(jax.random.key(0), (101, 8))
-    tokens = jnp.arange(20)
+    tokens = jnp.arange(20).reshape(2, 10)
 
     def tied(loss, table):
-        return loss(jnp.tanh(table[tokens]), table, tokens + 1)
+        return loss(linear(table), jnp.tanh(table[tokens]), tokens + 1)
 
-    plain = jax.grad(partial(tied, lambda hidden, head, targets: cross_entropy(hidden @ head.T, targets)))(table)
-    np.testing.assert_allclose(jax.grad(partial(tied, fused_cross_entropy))(table), plain, rtol=1e-4, atol=1e-7)
+    plain = jax.grad(partial(tied, lambda unembed, hidden, targets: cross_entropy(unembed(hidden), targets)))(table)
+    np.testing.assert_allclose(jax.grad(partial(tied, chunked_cross_entropy))(table), plain, rtol=1e-4, atol=1e-7)
 
 
-def test_no_array_of_all_tokens_and_the_whole_vocabulary_is_ever_made():
-    hidden, head, targets = problem((96,), vocab=1000)
-    step = jax.jit(jax.value_and_grad(partial(fused_cross_entropy, rows_per_chunk=8), argnums=(0, 1)))
+@pytest.mark.parametrize("name", ["linear", "a soft-cap"])
+def test_no_array_of_all_tokens_and_the_whole_vocabulary_is_ever_made(name):
+    hidden, head, targets = problem((4, 24), vocab=1000)
+    unembed = HEADS.get(name, linear)
+
+    def loss(hidden, head, targets):
+        return chunked_cross_entropy(unembed(head), hidden, targets, rows_per_chunk=8)
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     text = step.lower(hidden, head, targets).compile().as_text()
     sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", text)}
     assert 8 * 1000 in sizes
@@ -174,12 +231,8 @@ def test_the_chunk_is_the_largest_power_of_two_whose_logits_fit(vocab_size, plat
             r"\(2, 3\).*\(2, 4\).*target ids.*logits",
         ),
         (
-            lambda: fused_cross_entropy(jnp.zeros((2, 4, 8)), jnp.zeros((10, 8)), jnp.zeros((2, 3), int)),
+            lambda: chunked_cross_entropy(linear(jnp.zeros((10, 8))), jnp.zeros((2, 4, 8)), jnp.zeros((2, 3), int)),
             r"\(2, 3\).*\(2, 4\).*target ids.*hidden states",
-        ),
-        (
-            lambda: fused_cross_entropy(jnp.zeros((2, 4, 8)), jnp.zeros((10, 7)), jnp.zeros((2, 4), int)),
-            r"\(10, 7\).*\(None, 8\).*output head.*hidden states",
         ),
     ],
 )

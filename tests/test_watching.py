@@ -14,11 +14,13 @@ from safetensors.numpy import save_file
 
 import loop
 import metrics
+import model as model_module
 import starting
 import steps
 import watching
 from checkpointing import find_checkpoints
 from inspection import parameter_hashes
+from model import GPTModel
 from saved_model import load_saved_model
 
 RARE = 100  # a token that stands at one place alone
@@ -110,8 +112,9 @@ def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
     assert known["microbatches"][MICROBATCH]["first_tokens"][SEQUENCE] == FIRST_TOKEN
     assert known["parameters_not_finite"] == ["token_embedding.embedding"]
     norms = known["gradient_norms_of_each_call"]
-    assert known["first_gradient_not_finite"] == next(iter(norms)) and len(norms) == 16
-    assert "WARNING step 3: its update was rejected, its gradient is not finite" in finished.stdout
+    assert known["first_gradient_not_finite"] == "head.embedding" and len(norms) == 16
+    assert known["reason"] == "a gradient is not finite" and known["largest_gradient"] is None
+    assert "WARNING step 3: its update was rejected, a gradient is not finite" in finished.stdout
     bad_calls = [MICROBATCH] if per_call else [0]
     assert [i for i, norm in enumerate(norms["head.embedding"]) if norm is None] == bad_calls
 
@@ -162,7 +165,7 @@ def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, po
     monkeypatch.setattr(starting, "create_model", partial(all_poisoned, starting.create_model))
     run = make_run(train={"max_consecutive_rejections": 3})
     line = complaint(train(run), code=1)
-    assert f"{run / 'rejected-'}" in line and "says where it fails" in line
+    assert f"{run / 'rejected-'}" in line and "says where" in line
 
 
 def all_poisoned(create, *arguments):
@@ -201,6 +204,92 @@ def test_each_step_is_traced_once_in_a_run(train, make_run, monkeypatch):
 
     jax.clear_caches()
     count("mean_gradient")  # of the training step
-    count("fused_losses")  # of the evaluation step
+    count("_over")  # of both
     assert train(make_run()).returncode == 0
-    assert sorted(traces) == ["fused_losses", "mean_gradient"]
+    assert sorted(traces) == ["_over", "_over", "mean_gradient"]
+
+
+def test_an_update_that_moves_only_biases_stops_the_run(train, make_run):
+    line = complaint(train(make_run(train={"learning_rate": 1e-30, "weight_decay": 0.0})), code=1)
+    assert "changed no matrix, only blocks.0" in line and "too small for float32" in line
+
+
+def overflowing(create, *arguments):
+    """A model whose gradients are finite, but not their norm."""
+    model = create(*arguments)
+    model.output_norm.scale[...] = np.full(TINY_MODEL["emb_dim"], 1e-25)
+    model.head.embedding[...] *= 1e27
+    return model
+
+
+def test_an_overflow_of_the_norm_is_called_that(train, make_run, monkeypatch):
+    monkeypatch.setattr(starting, "create_model", partial(overflowing, starting.create_model))
+    run = make_run(train={"max_consecutive_rejections": 2, "clipping_max_norm": 1e40})
+    finished = train(run)
+    assert "WARNING step 1: its update was rejected, the norm of the gradient overflows float32" in finished.stdout
+    known = json.loads((run / "rejected-1.json").read_text())
+    norms = {name: norm for name, [norm] in known["gradient_norms_of_each_call"].items()}
+    assert known["first_gradient_not_finite"] is None and known["largest_gradient"] == max(norms, key=norms.get)
+    assert 1e19 < max(norms.values()) < np.inf
+    assert "or the norms of these, were not finite" in complaint(finished, code=1)
+    line = complaint(train(make_run("checked"), "--debug-checks"), code=1)
+    assert "global step 1: gradient of output_norm" in line and "its norm overflows float32" in line
+
+
+@pytest.fixture
+def breaking_run(make_run, token_folder, monkeypatch):
+    """Make a run that learns a cycle of tokens, until `RARE`, which gives NaN, stands in every step from the eighth."""
+
+    class Breaking(GPTModel):
+        def embed(self, tokens_BT):
+            return jnp.where((tokens_BT == RARE)[..., None], jnp.nan, super().embed(tokens_BT))
+
+    jax.clear_caches()  # of models with the same config
+    monkeypatch.setattr(model_module, "GPTModel", Breaking)
+    cycle = np.arange(2000, dtype=np.uint16) % 7
+    save_file({"tokens": cycle[:200]}, token_folder / "validation.safetensors")
+    cycle[7 * 4 * 2 * CONTEXT_LENGTH :: 5] = RARE
+    save_file({"tokens": cycle}, token_folder / "train.safetensors")
+    return lambda **train: make_run(train={"shuffle": False, "max_consecutive_rejections": 2} | train)
+
+
+def typed(line):
+    """Return the arguments of the command that a message ends with."""
+    return line.partition("uv run train.py ")[2].split()
+
+
+def lower_learning_rate(run):
+    path = run / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": 0.001}))
+
+
+def test_the_way_back_works_when_it_is_typed(train, breaking_run):
+    run = breaking_run()
+    line = complaint(train(run), code=1)
+    assert "2 updates in a row were rejected" in line and "lower learning_rate, or look at the data" in line
+    assert typed(line) == [str(run), "--from", "best", "--accept-changes"]
+    lower_learning_rate(run)
+    assert "going on from step 5 of 12" in train(*typed(line)).stdout
+
+
+def test_without_a_best_checkpoint_the_way_is_another_start(train, breaking_run):
+    run = breaking_run(checkpoint_interval=100)
+    line = complaint(train(run), code=1)
+    assert "there is no best checkpoint to go back to" in line and "--from" not in line
+    (run / "checkpoints").rename(run / "checkpoints-aside")
+    lower_learning_rate(run)
+    train(*typed(line))
+    assert metrics.read(run / "metrics.jsonl")[0]["learning_rate"] == pytest.approx(0.001)
+
+
+def test_a_best_checkpoint_that_has_diverged_is_called_that(train, breaking_run, monkeypatch):
+    def loud(create, *arguments):
+        model = create(*arguments)
+        model.head.embedding[...] *= 1e4
+        return model
+
+    monkeypatch.setattr(starting, "create_model", partial(loud, starting.create_model))
+    run = breaking_run()
+    line = complaint(train(run), code=1)
+    assert "the best checkpoint, of step 5, has diverged too (loss " in line and "a uniform guess has 4.6151" in line
+    assert typed(line) == [str(run)]

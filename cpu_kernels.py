@@ -1,0 +1,128 @@
+"""Forms of attention and layer norm for CPUs, where XLA's plain ones are slow; `kernels.py` chooses.
+
+Measured in whole training steps of GPT-2 small (LOG.md): attention saves 31%, layer norm 6%.
+
+Suffixes of array names: as in model.py, and S for the positions that are looked at, Q for the queries of a block.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+BLOCKS = 4  # of queries: more would skip little more and compile for longer
+MIN_BLOCK = 32  # queries
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def blockwise_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+    """Compute causal attention in blocks of queries; returns (B, T, N, H).
+
+    A block meets only the keys before its end, so three eighths of the scores are never computed. No (T, T) array is
+    kept: the backward pass computes the weights of a block again from their log-sum-exp. Both ideas are those of
+    FlashAttention-2, https://arxiv.org/abs/2307.08691.
+    """
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    return jnp.swapaxes(_attention(*heads_first), 1, 2)
+
+
+@jax.custom_vjp
+def _attention(q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array) -> jax.Array:
+    return _attention_forward(q_BNTH, k_BNTH, v_BNTH)[0]
+
+
+def _attention_forward(
+    q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scaled_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
+    mixed, log_sums = [], []
+    for start, end in _blocks(q_BNTH.shape[2]):
+        scores_BNQS = _product("bnqh,bnsh->bnqs", scaled_BNTH[:, :, start:end], k_BNTH[:, :, :end])
+        scores_BNQS = jnp.where(_mask(start, end)[None, None], scores_BNQS, -jnp.inf)
+        largest_BNQ1 = scores_BNQS.max(axis=-1, keepdims=True)
+        weights_BNQS = jnp.exp(scores_BNQS - largest_BNQ1)
+        sums_BNQ1 = weights_BNQS.sum(axis=-1, keepdims=True)
+        mixed_BNQH = _product("bnqs,bnsh->bnqh", weights_BNQS.astype(v_BNTH.dtype), v_BNTH[:, :, :end]) / sums_BNQ1
+        mixed.append(mixed_BNQH.astype(v_BNTH.dtype))
+        log_sums.append((largest_BNQ1 + jnp.log(sums_BNQ1))[..., 0])
+    mixed_BNTH, log_sums_BNT = jnp.concatenate(mixed, axis=2), jnp.concatenate(log_sums, axis=2)
+    return mixed_BNTH, (scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT)
+
+
+def _attention_backward(saved: tuple[jax.Array, ...], d_mixed_BNTH: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the gradients of queries, keys and values; here the keys come first, which XLA's products prefer."""
+    scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT = saved
+    scaled_BNTH, k_BNTH, v_BNTH = (wait_for(x, d_mixed_BNTH[..., :1]) for x in (scaled_BNTH, k_BNTH, v_BNTH))
+    length, width = k_BNTH.shape[2:]
+    common_BNT = (d_mixed_BNTH * mixed_BNTH).astype(jnp.float32) @ jnp.ones(width)  # a product, as in `layer_norm`
+    d_q, d_k_BNTH, d_v_BNTH = [], jnp.zeros(k_BNTH.shape), jnp.zeros(v_BNTH.shape)
+    for start, end in _blocks(length):
+        block = slice(start, end)
+        q_BNQH, d_mixed_BNQH = scaled_BNTH[:, :, block], d_mixed_BNTH[:, :, block]
+        k_BNSH, v_BNSH = k_BNTH[:, :, :end], v_BNTH[:, :, :end]
+        logs_BNSQ = _product("bnsh,bnqh->bnsq", k_BNSH, q_BNQH) - log_sums_BNT[:, :, None, block]
+        weights_BNSQ = jnp.exp(jnp.where(_mask(start, end).T[None, None], logs_BNSQ, -jnp.inf))
+        d_weights_BNSQ = _product("bnsh,bnqh->bnsq", v_BNSH, d_mixed_BNQH)
+        d_scores_BNSQ = (weights_BNSQ * (d_weights_BNSQ - common_BNT[:, :, None, block])).astype(k_BNTH.dtype)
+        d_q.append(_product("bnsq,bnsh->bnqh", d_scores_BNSQ, k_BNSH))
+        to_the_end = [(0, 0), (0, 0), (0, length - end), (0, 0)]
+        d_k_BNTH += jnp.pad(_product("bnsq,bnqh->bnsh", d_scores_BNSQ, q_BNQH), to_the_end)
+        weights_BNSQ = weights_BNSQ.astype(v_BNTH.dtype)
+        d_v_BNTH += jnp.pad(_product("bnsq,bnqh->bnsh", weights_BNSQ, d_mixed_BNQH), to_the_end)
+    d_q_BNTH = jnp.concatenate(d_q, axis=2) * width**-0.5
+    return tuple(x.astype(k_BNTH.dtype) for x in (d_q_BNTH, d_k_BNTH, d_v_BNTH))
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def wait_for(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Return x as it is, but not before a gradient is known.
+
+    Else XLA's CPU backend computes early, and keeps for all layers, what is to be computed again: it undoes
+    `jax.checkpoint`. What is added is whether the gradient is greater than infinity: 0 for every number, and for NaN.
+    """
+    return x + (gradient > jnp.inf).astype(x.dtype)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Cut the positions of queries into blocks: where each starts and ends."""
+    size = max(MIN_BLOCK, -(-length // BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _mask(start: int, end: int) -> jax.Array:
+    """Return which of the first `end` positions each query of a block sees, (Q, S)."""
+    return jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x_MD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
+    """Normalize the rows of x. The sums over rows are products: XLA fuses other work into plain ones, and gets slow."""
+    return _layer_norm_forward(x_MD, scale_D, bias_D, epsilon)[0]
+
+
+def _layer_norm_forward(
+    x_MD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    centred_MD = x_MD - _row_mean(x_MD)
+    inverse_std_M1 = jax.lax.rsqrt(_row_mean(centred_MD * centred_MD) + epsilon)
+    normed_MD = centred_MD * inverse_std_M1
+    return normed_MD * scale_D[None] + bias_D[None], (normed_MD, inverse_std_M1, scale_D)
+
+
+def _layer_norm_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], d_out_MD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    normed_MD, inverse_std_M1, scale_D = saved
+    d_normed_MD = d_out_MD * scale_D[None]
+    mean_M1, along_M1 = _row_mean(d_normed_MD), _row_mean(d_normed_MD * normed_MD)
+    d_x_MD = inverse_std_M1 * (d_normed_MD - mean_M1 - normed_MD * along_M1)
+    return d_x_MD, (d_out_MD * normed_MD).sum(axis=0), d_out_MD.sum(axis=0)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _row_mean(x_MD: jax.Array) -> jax.Array:
+    return (x_MD @ jnp.full(x_MD.shape[-1], 1 / x_MD.shape[-1], x_MD.dtype))[:, None]
