@@ -191,7 +191,7 @@ EDITS = {
 
 
 def edited(edit, **changes):
-    return with_larger_weights(EDITS[edit](tiny_model_config(n_layers=2, **changes), nnx.Rngs(0)))
+    return with_larger_weights(EDITS[edit](tiny_model_config(**changes), nnx.Rngs(0)))
 
 
 def plain_loss(model, inputs_BT, targets_BT):
@@ -220,7 +220,7 @@ def one_call(microbatches, sequences):
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "data", "fsdp", "tied"), [(1, 1, 1, True), (2, 1, 1, False), (2, 1, 2, False), (1, 2, 1, True)]
+    ("microbatches", "data", "fsdp", "tied"), [(2, 1, 1, False), (2, 1, 2, False), (1, 2, 1, True)]
 )
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_gradient_that_trains_is_that_of_the_edited_model(edit, tied, microbatches, data, fsdp):
@@ -278,7 +278,7 @@ def test_what_was_added_is_saved_and_loaded(edit, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_weights(path, host_arrays(nnx.state(model)), model.config.model_dump_json())
     if edit == "SharedBlocks":
-        return  # two layers of the file's model.json, one in the file: `model.config` would have to say so
+        return  # the file's model.json says one layer: of what is shared, a copy is loaded for each that it names
     monkeypatch.setattr(saved_model, "GPTModel", EDITS[edit])
     tokens = random_tokens(8)[None]
     np.testing.assert_array_equal(load_saved_model(path)(tokens), model(tokens))
