@@ -6,6 +6,7 @@ Suffixes of array names: B batch, T positions, D embedding, N heads, H head widt
 K or A microbatches.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from config import ModelConfig
 from dropout import Dropout
 from kernels import LayerNorm, causal_attention, vocabulary_product
 from loss import chunked_cross_entropy, chunked_losses
+from weights import named_arrays
 
 INIT_STD = 0.02
 # GPT-2's tanh form. For the backward pass it is computed again: what it would keep is larger than its input.
@@ -226,12 +228,15 @@ def create_model(
     return GPTModel(config, rngs, drop_rate=drop_rate, dtype=dtype, loss_rows_per_chunk=loss_rows_per_chunk)
 
 
-def count_parameters(config: ModelConfig, min_ndim: int = 0) -> int:
-    """Count the parameters of a model, or those in arrays of enough axes, without building it."""
-    shell, with_a_layer = (_size(config.model_copy(update={"n_layers": layers}), min_ndim) for layers in (0, 1))
-    return shell + config.n_layers * (with_a_layer - shell)  # every layer is like the first
+def abstract_model(config: ModelConfig) -> GPTModel:
+    """Build a model that knows the shapes of its arrays and has none."""
+    return nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
 
 
-def _size(config: ModelConfig, min_ndim: int) -> int:
-    model = nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim >= min_ndim)
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by name."""
+    return {name: x.shape for name, x in named_arrays(nnx.state(abstract_model(config), nnx.Param)).items()}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    return sum(map(math.prod, parameter_shapes(config).values()))

@@ -1,20 +1,21 @@
 """What a run will be and what it will need, from its configs alone, before anything is fetched or compiled."""
 
+import math
+import re
 import shutil
 
-from flax import nnx
 from jax.sharding import Mesh
 
 from config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
 from flops import FORMULA, flops_per_token
 from loss import chunk_size
 from mesh import FSDP, describe_mesh, one_device
-from model import GPTModel, count_parameters
+from model import parameter_shapes
 from optimizer import MATRIX_NDIM
 from run_directory import RunDirectory
-from weights import named_arrays
 
 GIB = 2**30
+BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
 
 
 def describe(
@@ -32,7 +33,8 @@ def describe(
     """
     mesh = mesh or one_device()
     devices = mesh.devices.size
-    parameters = count_parameters(model)
+    shapes = parameter_shapes(model)
+    parameters = sum(map(math.prod, shapes.values()))
     tokens_per_step = tokens_per_global_step(model, train, devices)
     steps = steps_per_epoch(model, train, available_tokens, devices)
     on_each = f" on each of {devices} devices" if devices > 1 else ""
@@ -41,7 +43,7 @@ def describe(
         f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
         f"step    {tokens_per_step:,} tokens: {train.gradient_accumulation_steps} microbatches of "
         f"{train.microbatch_size} sequences{on_each}, in {train.calls_per_step} compiled call(s), {train.precision}",
-        *describe_mesh(parameter_shapes(model), mesh),
+        *describe_mesh({BLOCK.sub("blocks.*.", name): shape for name, shape in shapes.items()}, mesh),
     ]
     if steps is None:
         lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {train.epochs} epoch(s)")
@@ -51,7 +53,8 @@ def describe(
             f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
             f"{tokens / parameters:.3g} tokens per parameter"
         )
-    decaying = parameters if train.weight_decay_on == "all" else count_parameters(model, MATRIX_NDIM)
+    min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
+    decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
     lines.append(f"decay   {train.weight_decay:g} of {decaying:,} of {parameters:,} parameters")
     if train.initial_weights is not None:
         lines.append(f"origin  the weights in {train.initial_weights}")
@@ -61,13 +64,6 @@ def describe(
     lines.append(_memory(model, train, parameters, mesh.shape[FSDP]))
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters by name; all blocks are alike, and come once."""
-    shallow = config.model_copy(update={"n_layers": min(config.n_layers, 1)})
-    state = nnx.state(nnx.eval_shape(lambda: GPTModel(shallow, nnx.Rngs(0))), nnx.Param)
-    return {name.replace("blocks.0.", "blocks.*."): array.shape for name, array in named_arrays(state).items()}
 
 
 def _memory(model: ModelConfig, train: TrainConfig, parameters: int, fsdp: int) -> str:

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from flax import nnx
-
 import manifest
 from checkpointing import MODEL_FILE
 from config import MEMORY_BYTES, ModelConfig, parse_config
-from model import GPTModel
+from model import GPTModel, abstract_model
 from run_directory import RunDirectory
 from weights import load_model, load_weights, read_model_json
+
+MAX_SHARED_LAYERS = 100  # more, whose blocks have no arrays of their own, would take minutes to build
 
 
 def load_saved_model(path: Path) -> GPTModel:
@@ -24,11 +24,11 @@ def load_saved_model(path: Path) -> GPTModel:
         raise ValueError(
             f"{path}: is for transformers; make a run of it: uv run convert_gpt2.py import {path.parent} RUN"
         )
-    if config.n_layers > num_arrays:
+    if config.n_layers > max(num_arrays, MAX_SHARED_LAYERS):
         raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")
     if path.stat().st_size > MEMORY_BYTES:
         raise ValueError(f"{path}: expected at most {MEMORY_BYTES:,} bytes, this machine's memory, got more")
-    model = _without_arrays(config)
+    model = abstract_model(config)
     load_model(path, model)
     manifest.check_alone(path)
     return model
@@ -49,15 +49,3 @@ def find_weights(path: Path, which: str = "best") -> Path:
             return candidate
     found = "a folder without one" if path.is_dir() else "nothing"
     raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {found}")
-
-
-def _without_arrays(config: ModelConfig) -> GPTModel:
-    """Build a model that knows the shapes of its arrays and takes no memory for them, whatever the config says.
-
-    One layer is traced and repeated: tracing takes time with the square of the layers.
-    """
-    shallow = config.model_copy(update={"n_layers": min(config.n_layers, 1)})
-    model = nnx.eval_shape(lambda: GPTModel(shallow, nnx.Rngs(0)))
-    model.config = config
-    model.blocks = nnx.List([nnx.clone(block) for block in model.blocks for _ in range(config.n_layers)])
-    return model

@@ -164,7 +164,7 @@ class PyTorch:
                 loss = self.mean_loss(inputs, targets) / self.train.gradient_accumulation_steps
             loss.backward()
             step_loss += loss.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clipping_max_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clipping_max_norm or math.inf)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -31,7 +31,7 @@ import saved_model
 from checkpointing import Checkpoint, choose, copy_to_host, verify
 from config import LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
 from data import load_tokens
-from model import GPTModel, create_model
+from model import create_model
 from saved_model import load_saved_model
 from tensor_files import LARGEST_HEADER_BYTES
 from weights import load_model, named_arrays
@@ -108,8 +108,8 @@ def weights(checkpoint):
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch):
     """Trace a model once, not for every file."""
-    traced = functools.cache(saved_model._without_arrays)
-    monkeypatch.setattr(saved_model, "_without_arrays", lambda config: nnx.clone(traced(config)))
+    traced = functools.cache(saved_model.abstract_model)
+    monkeypatch.setattr(saved_model, "abstract_model", lambda config: nnx.clone(traced(config)))
 
 
 def test_the_good_files_are_good(template, checkpoint, weights, trained):
@@ -298,14 +298,6 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(weights, monkeypatch):
     load_saved_model(weights)
     monkeypatch.setattr(saved_model, "MEMORY_BYTES", weights.stat().st_size - 1)
     assert "this machine's memory" in line_of(weights, load_saved_model, weights)
-
-
-def test_a_model_of_several_layers_is_the_one_that_the_constructor_builds():
-    config = ModelConfig(**SHAPE | {"n_layers": 3})
-    whole = nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
-    (graph, arrays), (expected_graph, expected) = (nnx.split(m) for m in (saved_model._without_arrays(config), whole))
-    assert graph == expected_graph
-    assert str(named_arrays(arrays)) == str(named_arrays(expected))
 
 
 # JSON files

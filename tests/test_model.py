@@ -255,8 +255,3 @@ def test_the_loss_is_the_mean_of_the_losses_of_the_tokens():
     losses = model.token_losses(inputs, targets)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-5)
     assert model.loss(inputs, targets) == pytest.approx(float(losses.mean()), rel=1e-6)
-
-
-@pytest.mark.parametrize(("min_ndim", "expected"), [(0, 124_439_808), (2, 124_318_464), (1, 124_439_808)])
-def test_matrices_are_counted_apart(min_ndim, expected):
-    assert count_parameters(ModelConfig(**GPT2_SMALL, qkv_bias=True, tied_head=True), min_ndim) == expected

@@ -57,6 +57,12 @@ def test_the_reference_run_is_described_in_its_published_numbers(run):
     assert all("\n" not in line for line in lines)
 
 
+@pytest.mark.parametrize(("decay_on", "decaying"), [("all", 163_009_536), ("matrices", 162_915_840)])
+def test_it_says_how_many_parameters_decay(run, decay_on, decaying):
+    line = line_of("decay", describe(run, REFERENCE_MODEL, reference_train(weight_decay_on=decay_on), None))
+    assert line == f"decay   0.01 of {decaying:,} of 163,009,536 parameters"
+
+
 def test_epochs_multiply_steps_and_tokens(run):
     lines = describe(run, SHELL, reference_train(epochs=2), None)
     assert "66,330 steps, 6,520,504,320 tokens" in line_of("run", lines)
