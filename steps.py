@@ -198,7 +198,6 @@ def _add_up(model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int) ->
         inputs_BT, targets_BT, number = microbatch
         first_sequence = (number * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
         dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
-
         loss, grads = loss_and_gradient(model, inputs_BT, targets_BT, dropout, 1 / (count * devices))
         return jax.tree.map(jnp.add, total, grads), loss
 

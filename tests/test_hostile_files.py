@@ -215,7 +215,7 @@ WEIGHTS = {
     "a negative shape": (entry(TABLE, shape=[-11, -4]), UNREADABLE),
     "a type of another size": (entry(TABLE, dtype="F64"), UNREADABLE),
     "a type that is none": (entry(TABLE, dtype="F32\nF32"), UNREADABLE),
-    "integers": (entry(TABLE, dtype="I32"), "expected float32[11, 4], got I32[11, 4]"),
+    "integers": (entry(TABLE, dtype="I32"), "expected float32[11, 4], got int32[11, 4]"),
     "half precision": (cast("F16", 2), "got float16["),
     "brain floats": (cast("BF16", 2), "got bfloat16["),
     "double precision": (cast("F64", 8), "got float64["),
