@@ -23,7 +23,13 @@ def cached_attention(q_BTNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, fi
 
     Keys and values of those positions, and of all before them, are in the cache; what stands behind is not looked at.
     """
+    k_BNSH, v_BNSH = (repeat_heads(x, q_BTNH.shape[2], 1) for x in (k_BNSH, v_BNSH))
     scores_BNTS = _product("btnh,bnsh->bnts", q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BNSH)
     mask_TS = jnp.arange(k_BNSH.shape[2])[None] <= first + jnp.arange(q_BTNH.shape[1])[:, None]
     weights_BNTS = jax.nn.softmax(jnp.where(mask_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
     return _product("bnts,bnsh->btnh", weights_BNTS.astype(v_BNSH.dtype), v_BNSH).astype(v_BNSH.dtype)
+
+
+def repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
+    """Repeat the heads of keys or values until there are as many as of queries; usually they are."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)

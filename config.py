@@ -45,10 +45,13 @@ def _as_float32(value: float) -> float:
     return value
 
 
+def _max_norm(value: float) -> float:
+    """Refuse what becomes 0; any large number will do, since no gradient's norm reaches it."""
+    return value if value > 1 else _as_float32(value)
+
+
 Float32 = Annotated[float, AfterValidator(_as_float32)]
-MaxNorm = Annotated[
-    float, AfterValidator(lambda value: _as_float32(min(value, 1.0)) and value)
-]  # any large one will do
+MaxNorm = Annotated[float, AfterValidator(_max_norm)]
 
 
 class Config(BaseModel):

@@ -23,12 +23,13 @@ def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str |
     finite: parameters, hidden states after every stage, logits, the loss, gradients in the order of the backward pass.
     At the end the norm of the mean gradient, which may overflow though every gradient is finite.
     """
-    names = backward_order(model)
+    names, graph = backward_order(model), nnx.graphdef(model)
 
     @jax.jit
     def check_microbatch(
-        model: GPTModel, total: nnx.State, batch: Batch, seed_key: jax.Array, i: jax.Array
+        state: nnx.State, total: nnx.State, batch: Batch, seed_key: jax.Array, i: jax.Array
     ) -> tuple[Findings, nnx.State]:
+        model = nnx.merge(graph, state)
         (global_step, first), count = batch.position, len(batch.inputs)
         inputs_BT, targets_BT = batch.inputs[i], batch.targets[i]
         sequences = len(inputs_BT)
@@ -59,7 +60,7 @@ def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str |
         global_step, first = (int(number) for number in batch.position)
         total = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
         for i in range(len(batch.inputs)):
-            found, total = check_microbatch(model, total, batch, seed_key, jnp.uint32(i))
+            found, total = check_microbatch(nnx.state(model), total, batch, seed_key, jnp.uint32(i))
             if place := _first_bad(found):
                 return f"global step {global_step + 1:,}, microbatch {first + i}: {place}: not finite"
         if place := _first_bad(check_norms(total)):

@@ -18,6 +18,7 @@ class Dropout:
         """Drop a share `rate` of the numbers of (B, …), and scale the others so that the mean stays."""
         if rate == 0:
             return x
+        assert len(x) == len(self._keys_B), f"dropout: expected {len(self._keys_B)} sequences, got {len(x)}"
         self._uses += 1
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self._keys_B, self._uses)
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)

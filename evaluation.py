@@ -61,9 +61,16 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     return (inputs, targets), len(batches)
 
 
-@nnx.jit
-def _token_losses(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return model.token_losses(inputs_BT, targets_BT)
+@partial(jax.jit, static_argnums=0)
+def _compiled_token_losses(
+    graph: nnx.GraphDef, state: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    return nnx.merge(graph, state).token_losses(inputs_BT, targets_BT)
+
+
+def _token_losses(model: GPTModel, tokens_BT: np.ndarray) -> jax.Array:
+    """Return the loss of every token but the first of each row."""
+    return _compiled_token_losses(*nnx.split(model), *jax.device_put((tokens_BT[:, :-1], tokens_BT[:, 1:])))
 
 
 def num_windows(num_targets: int, length: int, stride: int) -> int:
@@ -98,7 +105,7 @@ def windowed_losses(
         for row, start in zip(windows, batch):
             window = tokens[start : start + length + 1]
             row[: len(window)] = window
-        losses_BT = _token_losses(model, *jax.device_put((windows[:, :-1], windows[:, 1:])))
+        losses_BT = _token_losses(model, windows)
         if waiting:
             yield counted(*waiting)
         waiting = losses_BT, batch
@@ -131,6 +138,6 @@ def completion_losses(
         tokens = np.zeros((rows_per_batch, width + 1), np.int32)
         for row, text in zip(tokens, whole):
             row[: len(text)] = text
-        losses_BT = np.asarray(_token_losses(model, *jax.device_put((tokens[:, :-1], tokens[:, 1:]))))
+        losses_BT = np.asarray(_token_losses(model, tokens))
         for losses, text, (_, completion) in zip(losses_BT, whole, batch):
             yield losses[max(0, len(text) - 1 - len(completion)) : len(text) - 1]

@@ -146,12 +146,11 @@ def _write(
     stop_id: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """Choose `count` tokens, (B, TOKENS_PER_CALL), after `last`, which belongs to `position`; `made` were before."""
-    model = nnx.merge(graph, params)
     numbers_B = jnp.arange(len(last_B))
 
     def add(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         cache, last_B, ended_B, tokens_BC = carry
-        logits_BV, cache = next_logits(model, cache, last_B, position + number)
+        logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, position + number)
         if sampling.temperature is None:
             chosen_B = logits_BV.argmax(axis=-1)
         else:

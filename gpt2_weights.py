@@ -153,7 +153,12 @@ def _single(array: Any, source: str) -> np.ndarray:
 
 
 def export_weights(ours: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Return a model's arrays under Hugging Face's names; biases that it does not have are zeros, as GPT-2 has them."""
+    """Return a model's arrays under Hugging Face's names; biases that it does not have are zeros, as GPT-2 has them.
+
+    Raises ValueError that names an array that GPT-2 does not have.
+    """
+    if unknown := sorted(ours.keys() - {name for name, _ in _names(config).values()}):
+        raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported as one")
     lacking = tuple(bias for switch, bias in BIASES.items() if not getattr(config, switch))
     return {
         theirs if theirs == HEAD else PREFIX + theirs: np.zeros(shape, np.float32)

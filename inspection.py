@@ -59,7 +59,7 @@ def first_loss_line(loss: float, vocab_size: int) -> str:
     uniform = math.log(vocab_size)
     line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
     if math.isnan(loss):
-        causes = "a parameter or a product is not finite from the start: rejected-1.json says where"
+        causes = "a parameter or a product is not finite from the start: --debug-checks says where"
     elif loss > uniform + FARTHEST:
         causes = "weights that start too large, or a loss that is a sum instead of a mean"
     elif loss < uniform - FARTHEST:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from attention import repeat_heads
 from cpu_kernels import blockwise_attention, layer_norm
 
 EPSILON = 1e-5  # of layer norm
@@ -18,10 +19,14 @@ VOCAB_MULTIPLE = {"gpu": 128}  # tensor cores like round numbers: 50,257 becomes
 
 
 def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    """Mix values by softmax(q · k / √H) over each position and those before it; returns (B, T, N, H)."""
+    """Mix values by softmax(q · k / √H) over each position and those before it; returns (B, T, N, H).
+
+    Computes in the type of the values. Keys and values may have fewer heads, each for as many queries in a row.
+    """
+    q_BTNH, k_BTNH = (x.astype(v_BTNH.dtype) for x in (q_BTNH, k_BTNH))
     chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], jax.default_backend())
     if chosen == "blocks":
-        return blockwise_attention(q_BTNH, k_BTNH, v_BTNH)
+        return blockwise_attention(q_BTNH, *(repeat_heads(x, q_BTNH.shape[2], 2) for x in (k_BTNH, v_BTNH)))
     return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=chosen)
 
 
@@ -59,8 +64,10 @@ class LayerNorm(nnx.LayerNorm):
         if jax.default_backend() != "cpu":
             return super().__call__(x)
         assert self.scale is not None and self.bias is not None  # Flax's norms may do without
-        rows_MD = x.reshape(-1, x.shape[-1])
-        return layer_norm(rows_MD, self.scale[...], self.bias[...], EPSILON).reshape(x.shape)
+        dtype = jnp.result_type(x, self.scale[...], self.bias[...])
+        arrays = (x.reshape(-1, x.shape[-1]), self.scale[...], self.bias[...])
+        arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
+        return layer_norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
 
 
 def vocabulary_product(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:

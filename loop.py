@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 
 import jax
 from jax.sharding import Mesh
@@ -194,16 +195,16 @@ def train(training: Training, stop: StopRequest, watcher: Watcher) -> None:
 def way_back(training: Training) -> str:
     """Say what to type after too many rejections."""
     run, uniform = training.run, math.log(training.model_config.vocab_size)
-    again = f"lower learning_rate, move {run.checkpoints} away, and start again: uv run train.py {run.path}"
+    start = f"uv run train.py {shlex.quote(str(run.path))}"
+    again = f"lower learning_rate, move {run.checkpoints} away, and start again: {start}"
     best = [c for c in checkpointing.find_checkpoints(run.checkpoints) if c.is_best][-1:]
     if not best:
         return f"there is no best checkpoint to go back to: {again}"
     loss = best[0].meta["val_loss" if training.val_stream else "avg_train_loss"]
     if loss > uniform:
-        of_step = f"the best checkpoint, of step {best[0].global_step:,}, has diverged too"
-        return f"{of_step} (loss {loss:.4f}, a uniform guess has {uniform:.4f}): {again}"
-    back = f"uv run train.py {run.path} --from best --accept-changes"
-    return f"lower learning_rate, or look at the data, and go back: {back}"
+        of_step = f"the best checkpoint, of step {best[0].global_step:,}, is no better than a uniform guess"
+        return f"{of_step}: its loss is {loss:.4f}, that of a guess {uniform:.4f}, so it has diverged too: {again}"
+    return f"lower learning_rate, or look at the data, and go back: {start} --from best --accept-changes"
 
 
 def finish_step(training: Training, step: int, reports: list[Report], checksum: int, bar: tqdm) -> bool:

@@ -37,8 +37,9 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Return `cross_entropy(unembed(hidden), targets)` without ever holding all logits.
 
-    Takes hidden states (B, T, D) and target ids (B, T). `unembed` gets a chunk of positions as (1, R, D), and may use
-    any arrays around it: they get their gradients. The rows of a chunk are chosen for the device unless given.
+    Takes hidden states (B, T, D) and target ids (B, T), from 0 to V - 1. `unembed` gets a chunk of positions as
+    (1, R, D), and may use any arrays around it: they get their gradients. The rows of a chunk are chosen for the device
+    unless given.
     """
     unembed_rows, chunks = _chunks(unembed, hidden_BTD, targets_BT, rows_per_chunk)
     unembed_rows, captured = jax.closure_convert(unembed_rows, chunks[0][0])
@@ -77,16 +78,19 @@ def _chunks(
     _check_targets(targets_BT, hidden_BTD.shape[:-1], "hidden states")
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     rows = len(hidden_MD)
+    assert rows, "a loss needs at least one target"
     vocab_size = jax.eval_shape(unembed, hidden_MD[None, :1]).shape[-1]
     chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, jax.default_backend())))
     chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks
 
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, -1, *x.shape[1:])
+    def split(x: jax.Array, mode: str) -> jax.Array:
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), mode=mode).reshape(chunks, -1, *x.shape[1:])
 
     weights_M = jnp.full(rows, 1 / rows, jnp.promote_types(hidden_MD.dtype, jnp.float32))
-    arrays = split(hidden_MD), split(targets_BT.reshape(-1).astype(jnp.int32)), split(weights_M)
+    targets_M = targets_BT.reshape(-1).astype(jnp.int32)
+    # The last row once more, not zeros, for which an `unembed` with a norm in it would have no finite gradient.
+    arrays = split(hidden_MD, "edge"), split(targets_M, "edge"), split(weights_M, "constant")
     return lambda hidden_RD: unembed(hidden_RD[None])[0], arrays
 
 
@@ -133,7 +137,7 @@ def _forward(
 def _backward(
     unembed: Callable[..., jax.Array], grads: tuple[list[jax.Array], jax.Array], d_loss: jax.Array
 ) -> tuple[Any, ...]:
-    return *jax.tree.map(lambda x: d_loss.astype(x.dtype) * x, grads), None, None
+    return *jax.tree.map(lambda x: (d_loss * x).astype(x.dtype), grads), None, None
 
 
 _mean_loss.defvjp(_forward, _backward)

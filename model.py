@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -63,7 +64,10 @@ class CausalSelfAttention(nnx.Module):
         )
         self.drop_rate = drop_rate
 
-    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention
+    ) -> jax.Array:
+        """Mix (B, T, D); GPT-2 has no use for the positions here, rotary embeddings would."""
         batch, length, width = x_BTD.shape
         heads = (batch, length, self.n_heads, width // self.n_heads)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
@@ -99,9 +103,11 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
         self.drop_rate = drop_rate
 
-    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention
+    ) -> jax.Array:
         normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        x_BTD = self._add(x_BTD, self.attention(normed_BTD, dropout, attend), dropout)
+        x_BTD = self._add(x_BTD, self.attention(normed_BTD, positions_T, dropout, attend), dropout)
         if self.feed_forward is not None:
             normed_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
             x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout)
@@ -160,12 +166,12 @@ class GPTModel(nnx.Module):
         return self.unembed(self.hidden_states(tokens_BT, dropout))
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Return the mean loss of a microbatch, a scalar: what training minimises and validation reports."""
+        """Return the mean loss of a microbatch, a scalar: what training minimizes and validation reports."""
         hidden_BTD = self.hidden_states(inputs_BT, dropout)
         return chunked_cross_entropy(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
 
     def token_losses(self, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Return the loss of each target, (B, T): what `evaluate.py` averages."""
+        """Return the loss of each target, (B, T), as `evaluate.py` wants it. A change here belongs into `loss` too."""
         hidden_BTD = self.hidden_states(inputs_BT, dropout)
         return chunked_losses(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
 
@@ -191,17 +197,19 @@ class GPTModel(nnx.Module):
         """Yield the hidden states (B, T, D), float32, after each stage, with its name.
 
         Text generation, which caches the keys and values of earlier positions, says where these tokens stand, and with
-        `attend` how they look back; layers call it in their order.
+        `attend` how they look back: a layer sees other positions through it alone, and calls it plainly, not inside a
+        transformation such as `jax.checkpoint` or `jax.lax.scan`.
         """
         x_BTD, length = self.embed(tokens_BT), tokens_BT.shape[1]
         assert length <= self.config.context_length, f"{length} positions, context_length {self.config.context_length}"
+        positions_T = first_position + jnp.arange(length)
         if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(first_position + jnp.arange(length))[None]
+            x_BTD = x_BTD + self.position_embedding(positions_T)[None]
         x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
         for number, block in enumerate(self.blocks):
             dtype = x_BTD.dtype
-            x_BTD = block(x_BTD, dropout, attend)
+            x_BTD = block(x_BTD, positions_T, dropout, attend)
             chex.assert_type(x_BTD, dtype, custom_message=f"the residual stream after block {number}")
             yield f"block {number}", x_BTD
         if self.output_norm is not None:
@@ -225,7 +233,23 @@ def create_model(
 ) -> GPTModel:
     """Build a fresh model in one compiled call."""
     rngs, dtype = nnx.Rngs(params=jax.random.key(seed)), jnp.dtype(precision)
-    return GPTModel(config, rngs, drop_rate=drop_rate, dtype=dtype, loss_rows_per_chunk=loss_rows_per_chunk)
+    model = GPTModel(config, rngs, drop_rate=drop_rate, dtype=dtype, loss_rows_per_chunk=loss_rows_per_chunk)
+    check_variables(model)
+    return model
+
+
+def check_variables(model: nnx.Module) -> None:
+    """Raise ValueError when a model keeps arrays that would not be saved, or random numbers of its own."""
+    modules = nnx.iter_modules(model)
+    arrays = [
+        (*path, name) for path, x in modules for name in vars(x) if isinstance(vars(x)[name], jax.Array | np.ndarray)
+    ]
+    random = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState))]
+    for path in (*arrays, *random):
+        raise ValueError(
+            f"model.py: {'.'.join(map(str, path))}: expected an nnx.Param, or an nnx.Variable for what does not train; "
+            "random numbers come from `dropout(x, rate)`"
+        )
 
 
 def abstract_model(config: ModelConfig) -> GPTModel:

@@ -76,7 +76,7 @@ def measure_norm() -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         norm = optax.tree.norm(updates).astype(jnp.float32)
         leaves, structure = jax.tree.flatten(updates)
-        smallest = min(range(len(leaves)), key=lambda i: leaves[i].size)  # one is enough, and costs nothing
+        smallest = min((i for i, leaf in enumerate(leaves) if leaf.size), key=lambda i: leaves[i].size)  # one is enough
         leaves[smallest] = jnp.where(jnp.isfinite(norm), leaves[smallest], jnp.nan)
         return jax.tree.unflatten(structure, leaves), NormState(norm)
 

@@ -217,7 +217,7 @@ def loss_and_gradient(
 
     def scaled_loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, params, jax.tree.map(lambda x: x, constants))  # variables of its own
-        before = named_arrays(nnx.state(model))
+        before = named_arrays(nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.Param))))
         loss = model.loss(inputs_BT, targets_BT, dropout)
         after = named_arrays(nnx.state(model))
         if changed := [name for name, array in before.items() if after.get(name) is not array]:
@@ -234,17 +234,22 @@ def loss_and_gradient(
 def backward_order(model: GPTModel) -> list[str]:
     """Name the parameters in the order in which the backward pass computes their gradients."""
     graph, params, constants = nnx.split(model, nnx.Param, ...)
+    tokens_BT = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.uint16)
+
+    def gradients(params: nnx.State, constants: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
+        model = nnx.merge(graph, params, constants)
+        return list(named_arrays(loss_and_gradient(model, tokens_BT, tokens_BT, None)[1]).values())
+
+    names = list(named_arrays(params))
     if graph not in _BACKWARD_ORDERS:
-        tokens_BT = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.uint16)
-
-        def gradients(params: nnx.State, constants: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
-            model = nnx.merge(graph, params, constants)
-            return list(named_arrays(loss_and_gradient(model, tokens_BT, tokens_BT, None)[1]).values())
-
-        jaxpr = jax.make_jaxpr(gradients)(params, constants, tokens_BT).jaxpr
-        position = {id(array): i for i, equation in enumerate(jaxpr.eqns) for array in equation.outvars}
-        positions = {name: position.get(id(array), -1) for name, array in zip(named_arrays(params), jaxpr.outvars)}
-        _BACKWARD_ORDERS[graph] = sorted(positions, key=lambda name: positions[name])
+        try:
+            jaxpr = jax.make_jaxpr(gradients)(params, constants, tokens_BT).jaxpr
+        except Exception:  # a loss that takes no single sequence: what only names things must not end a training
+            _BACKWARD_ORDERS[graph] = names
+        else:
+            made_at = {id(array): i for i, equation in enumerate(jaxpr.eqns) for array in equation.outvars}
+            moments = {name: made_at.get(id(array), -1) for name, array in zip(names, jaxpr.outvars)}
+            _BACKWARD_ORDERS[graph] = sorted(names, key=lambda name: moments[name])
     return _BACKWARD_ORDERS[graph]
 
 

@@ -85,7 +85,8 @@ def _open(path: Path) -> Any:
 
 def named_arrays(state: nnx.State) -> dict[str, Any]:
     """Return the arrays of a state by dot-joined paths."""
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    flat = ((".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state))
+    return {name: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for name, leaf in flat}
 
 
 def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:

@@ -18,13 +18,16 @@ import metrics
 import model as model_module
 from config import MeshConfig
 from data import TokenStream
+from debug_checks import make_checks
 from evaluation import mean_loss, windowed_losses
 from generation import generate
+from gpt2_weights import export_weights
+from kernels import causal_attention
 from loss import chunked_cross_entropy, cross_entropy
 from mesh import make_mesh, place
-from model import Block, GPTModel
+from model import Block, CausalSelfAttention, GPTModel
 from saved_model import load_saved_model
-from steps import loss_and_gradient, mean_gradient, place_batch
+from steps import backward_order, loss_and_gradient, mean_gradient, place_batch
 from weights import host_arrays, named_arrays, save_weights
 
 SEED_KEY = jax.random.key(7)
@@ -96,7 +99,8 @@ class RecurrentBlocks(GPTModel):
     def stages(self, tokens_BT, dropout=None, *, first_position=0, **options):
         x_BTD = self.embed(tokens_BT) + self.position_embedding(first_position + jnp.arange(tokens_BT.shape[1]))[None]
         for block in self.blocks:
-            x_BTD = block(block(x_BTD, dropout, **options), dropout, **options)
+            for _ in range(2):
+                x_BTD = block(x_BTD, None, dropout, **options)
         yield "the blocks", x_BTD
         yield "the output norm", self.output_norm(x_BTD)
 
@@ -153,8 +157,65 @@ class TokenTable(GPTModel):
         positions = first_position + jnp.arange(tokens_BT.shape[1])
         x_BTD = self.embed(tokens_BT) + self.position_embedding(positions)[None]
         for block in self.blocks:
-            x_BTD = block(x_BTD, tokens_BT, dropout, *options.values())
+            x_BTD = block(x_BTD, tokens_BT, positions, dropout, *options.values())
         yield "the output norm", self.output_norm(x_BTD)
+
+
+class CosineHead(GPTModel):
+    """Logits are cosines: no row of hidden states may be made up of zeros."""
+
+    def unembed(self, hidden_BTD):
+        return 9 * super().unembed(hidden_BTD / jnp.linalg.norm(hidden_BTD, axis=-1, keepdims=True))
+
+
+class RotaryAttention(CausalSelfAttention):
+    def __call__(self, x_BTD, positions_T, dropout, attend=causal_attention):
+        def rotated(q_BTNH, k_BTNH, v_BTNH):
+            angles_T1H = positions_T[:, None, None] * 10.0 ** -jnp.arange(q_BTNH.shape[-1] // 2)[None, None]
+            cos, sin = jnp.cos(angles_T1H)[None], jnp.sin(angles_T1H)[None]
+
+            def turn(x):
+                first, second = jnp.split(x, 2, axis=-1)
+                return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+            return attend(turn(q_BTNH), turn(k_BTNH), v_BTNH)
+
+        return super().__call__(x_BTD, positions_T, dropout, rotated)
+
+
+class GroupedQueries(CausalSelfAttention):
+    """Half as many heads of keys and values as of queries."""
+
+    def __call__(self, x_BTD, positions_T, dropout, attend=causal_attention):
+        def grouped(q_BTNH, k_BTNH, v_BTNH):
+            return attend(q_BTNH, k_BTNH[:, :, ::2], v_BTNH[:, :, ::2])
+
+        return super().__call__(x_BTD, positions_T, dropout, grouped)
+
+
+class Rotary(GPTModel):
+    def __init__(self, config, rngs, *, attention=RotaryAttention, **options):
+        super().__init__(config, rngs, **options)
+        for block in self.blocks:
+            block.attention = attention(config, 0.0, options.get("dtype", jnp.float32), rngs)
+
+
+Grouped = partial(Rotary, attention=GroupedQueries)
+
+
+class KeptForTheLoss(GPTModel):
+    """Leaves something on the module for the loss, as mixtures of experts do."""
+
+    def stages(self, *args, **options):
+        for name, x_BTD in super().stages(*args, **options):
+            self.kept = nnx.data((x_BTD**2).mean())
+            yield name, x_BTD
+
+    def loss(self, inputs_BT, targets_BT, dropout=None):
+        return super().loss(inputs_BT, targets_BT, dropout) + 0.1 * self.kept
+
+    def auxiliary(self, inputs_BT):
+        return 0.1 * (self.hidden_states(inputs_BT) ** 2).mean()
 
 
 class RMSNormed(GPTModel):
@@ -179,12 +240,12 @@ class StoppedEmbedding(GPTModel):
         return jax.lax.stop_gradient(super().embed(tokens_BT))
 
 
-EDITS = {
+EDITS = {"Grouped": Grouped} | {
     edit.__name__: edit
     for edit in (
         *(GPTModel, ScaledEmbedding, EmbeddingGain, SoftCap, LogitBias, Temperature, LearnedScale, DeepHead),
         *(SharedBlocks, RecurrentBlocks, AuxiliaryLoss, SecondHead, MaskedLoss, TokenTable, RMSNormed),
-        *(FrozenPositions, StoppedEmbedding),
+        *(FrozenPositions, StoppedEmbedding, CosineHead, Rotary, KeptForTheLoss),
     )
 }
 
@@ -203,7 +264,7 @@ def plain_loss(model, inputs_BT, targets_BT):
         mask_BT = targets_BT >= 50
         return (each_BT * mask_BT).sum() / mask_BT.sum()
     loss = cross_entropy(logits_BTV, targets_BT)
-    if isinstance(model, AuxiliaryLoss):
+    if isinstance(model, AuxiliaryLoss | KeptForTheLoss):
         loss += model.auxiliary(inputs_BT)
     if isinstance(model, SecondHead):
         loss += model.auxiliary(inputs_BT, targets_BT)
@@ -218,9 +279,7 @@ def one_call(microbatches, sequences):
     return call
 
 
-@pytest.mark.parametrize(
-    ("microbatches", "data", "fsdp", "tied"), [(2, 1, 1, False), (2, 1, 2, False), (1, 2, 1, True)]
-)
+@pytest.mark.parametrize(("microbatches", "data", "fsdp", "tied"), [(2, 1, 2, False), (1, 2, 1, True)])
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_gradient_that_trains_is_that_of_the_edited_model(edit, tied, microbatches, data, fsdp):
     devices = data * fsdp
@@ -310,18 +369,83 @@ def test_no_array_of_tokens_and_vocabulary_is_in_the_step_with_a_soft_cap():
     assert f"[{4 * CONTEXT_LENGTH},{VOCAB_SIZE}]" not in text and f"[4,{CONTEXT_LENGTH},{VOCAB_SIZE}]" not in text
 
 
-def test_a_forward_pass_that_changes_the_model_is_refused_by_name(call_program, make_run, monkeypatch):
+SOME = ["SharedBlocks", "RecurrentBlocks", "SecondHead", "DeepHead", "KeptForTheLoss"]
+
+
+@pytest.mark.parametrize("edit", SOME)
+def test_the_checks_and_the_order_of_the_backward_pass_are_of_the_edited_model(edit):
+    model = edited(edit)
+    assert make_checks(model)(model, one_call(2, 2), SEED_KEY) is None
+    order = backward_order(model)
+    assert sorted(order) == sorted(named_arrays(nnx.state(model, nnx.Param))) and order != sorted(order)
+
+
+def test_a_loss_that_takes_no_single_sequence_is_ordered_by_name():
+    class Halves(GPTModel):
+        def loss(self, inputs_BT, targets_BT, dropout=None):
+            return sum(
+                super(Halves, self).loss(*half) for half in zip(*(jnp.split(x, 2) for x in (inputs_BT, targets_BT)))
+            )
+
+    model = Halves(tiny_model_config(), nnx.Rngs(0))
+    assert backward_order(model) == list(named_arrays(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [2, 4, 7])
+def test_rows_that_fill_up_a_chunk_do_not_count(rows_per_chunk):
+    model, tokens = edited("CosineHead"), random_tokens(16)[None]
+    model.loss_rows_per_chunk = rows_per_chunk
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss, grads = loss_and_gradient(model, inputs, targets, None)
+    assert loss == pytest.approx(float(cross_entropy(model(inputs), targets)), rel=1e-5)
+    assert all(jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("edit", ["DeepHead", "TokenTable", "RMSNormed", "Rotary", "SoftCap"])
+def test_half_precision_trains_edits_too(edit):
+    model = EDITS[edit](tiny_model_config(), nnx.Rngs(0), dtype=jnp.bfloat16)
+    _, grads = nnx.jit(loss_and_gradient)(model, *(part[0] for part in one_call(1, 2)[:2]), None)
+    assert all(jnp.isfinite(grad).all() and grad.dtype == jnp.float32 for grad in jax.tree.leaves(grads))
+
+
+class PlainArray(GPTModel):
+    def __init__(self, config, rngs, **options):
+        super().__init__(config, rngs, **options)
+        self.table = jnp.ones(3)
+
+
+class OwnRandomNumbers(GPTModel):
+    def __init__(self, config, rngs, **options):
+        super().__init__(config, rngs, **options)
+        self.flax_dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [(PlainArray, "table: expected an nnx.Param, or"), (OwnRandomNumbers, "flax_dropout.rngs.count: expected an nnx")],
+)
+def test_what_a_run_cannot_keep_is_refused_by_name(call_program, make_run, monkeypatch, edit, line):
+    jax.clear_caches()
+    monkeypatch.setattr(model_module, "GPTModel", edit)
+    assert f"model.py: {line}" in complaint(call_program("train", make_run()))
+
+
+def test_a_parameter_that_gpt2_lacks_is_not_exported():
+    model = edited("LogitBias", qkv_bias=True)
+    with pytest.raises(ValueError, match="logit_bias: GPT-2 has no such parameter"):
+        export_weights(host_arrays(nnx.state(model)), model.config)
+
+
+def test_a_forward_pass_that_changes_the_model_is_refused_by_name():
     class Counting(GPTModel):
         def __init__(self, config, rngs, **options):
             super().__init__(config, rngs, **options)
-            self.flax_dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+            self.calls = nnx.Variable(jnp.zeros(()))
 
         def embed(self, tokens_BT):
-            return self.flax_dropout(super().embed(tokens_BT))
+            self.calls[...] += 1
+            return super().embed(tokens_BT)
 
-    jax.clear_caches()
     inputs = random_tokens(8)[None]
-    with pytest.raises(ValueError, match=r"changes flax_dropout\.rngs.*count.*would not keep"):
+    with pytest.raises(ValueError, match="forward pass changes calls, which training would not keep"):
         loss_and_gradient(Counting(tiny_model_config(), nnx.Rngs(0)), inputs, inputs, None)
-    monkeypatch.setattr(model_module, "GPTModel", Counting)
-    assert "the forward pass changes flax_dropout.rngs" in complaint(call_program("train", make_run()))

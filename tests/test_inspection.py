@@ -119,7 +119,7 @@ def test_the_first_loss_is_compared_with_a_uniform_guess(loss, warns):
 
 @pytest.mark.parametrize(
     ("loss", "cause"),
-    [(12.0, "a loss that is a sum"), (1.0, "targets that are the inputs"), (math.nan, "rejected-1.json")],
+    [(12.0, "a loss that is a sum"), (1.0, "targets that are the inputs"), (math.nan, "--debug-checks")],
 )
 def test_a_first_loss_that_is_off_comes_with_likely_causes(loss, cause):
     assert cause in first_loss_line(loss, 50257).partition("likely causes: ")[2]

@@ -101,7 +101,7 @@ def test_no_position_sees_a_later_one():
 
     def output_at(x, position):
         for block in nnx.merge(graph, state):
-            x = block(x, None)
+            x = block(x, jnp.arange(CONTEXT_LENGTH), None)
         return x[0, position].sum()
 
     gradient = jax.jit(jax.grad(output_at))

@@ -291,5 +291,6 @@ def test_a_best_checkpoint_that_has_diverged_is_called_that(train, breaking_run,
     monkeypatch.setattr(starting, "create_model", partial(loud, starting.create_model))
     run = breaking_run()
     line = complaint(train(run), code=1)
-    assert "the best checkpoint, of step 5, has diverged too (loss " in line and "a uniform guess has 4.6151" in line
+    assert "the best checkpoint, of step 5, is no better than a uniform guess: its loss is " in line
+    assert "that of a guess 4.6151, so it has diverged too" in line
     assert typed(line) == [str(run)]
