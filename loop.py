@@ -200,8 +200,8 @@ def way_back(training: Training) -> str:
     best = [c for c in checkpointing.find_checkpoints(run.checkpoints) if c.is_best][-1:]
     if not best:
         return f"there is no best checkpoint to go back to: {again}"
-    loss = best[0].meta["val_loss" if training.val_stream else "avg_train_loss"]
-    if loss > uniform:
+    loss = best[0].meta.get("val_loss" if training.val_stream else "avg_train_loss")
+    if loss is not None and loss > uniform:  # None: whether there is validation has changed since
         of_step = f"the best checkpoint, of step {best[0].global_step:,}, is no better than a uniform guess"
         return f"{of_step}: its loss is {loss:.4f}, that of a guess {uniform:.4f}, so it has diverged too: {again}"
     return f"lower learning_rate, or look at the data, and go back: {start} --from best --accept-changes"

@@ -294,3 +294,12 @@ def test_a_best_checkpoint_that_has_diverged_is_called_that(train, breaking_run,
     assert "the best checkpoint, of step 5, is no better than a uniform guess: its loss is " in line
     assert "that of a guess 4.6151, so it has diverged too" in line
     assert typed(line) == [str(run)]
+
+
+def test_the_way_back_bears_a_best_checkpoint_from_before_there_was_validation(train, breaking_run):
+    run = breaking_run(val_tokens=0)
+    complaint(train(run), code=1)
+    path = run / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_tokens": 64}))
+    line = complaint(train(run, "--from", "best", "--accept-changes"), code=1)
+    assert typed(line) == [str(run), "--from", "best", "--accept-changes"]
