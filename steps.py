@@ -88,6 +88,11 @@ class Compiled:
         kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         return kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
+    @property
+    def text(self) -> str:
+        """The compiled program in XLA's own words."""
+        return self._compiled.as_text()
+
 
 def compile_train_step(
     model: GPTModel,

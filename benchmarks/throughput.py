@@ -55,7 +55,7 @@ class Ours:
         return in_jax.product(size, self.train.precision)
 
     def describe(self) -> dict[str, Any]:
-        return in_jax.describe(self.config)
+        return {**in_jax.describe(self.config), "needed_device_bytes": self.step.bytes_needed}
 
 
 def main(args: argparse.Namespace) -> int:
