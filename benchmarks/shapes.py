@@ -16,8 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from command_line import DONE, ArgumentParser
 from config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
 from flops import flops_per_token, peak_tflops

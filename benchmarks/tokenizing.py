@@ -7,13 +7,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import command_line
 from documents import Reading, find_files

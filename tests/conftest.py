@@ -1,28 +1,18 @@
-"""What the tests share: strict JAX, one tiny model, one tiny run."""
+"""Fixtures, and strict JAX with a compilation cache of the session's own."""
 
 import gc
 import importlib
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections import namedtuple
-from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
-from safetensors.numpy import load_file, save_file
+from helpers import TINY_MODEL, TINY_TRAIN, Finished, random_tokens
+from safetensors.numpy import save_file
 
 import command_line
-import metrics
-from checkpointing import find_checkpoints, read, verify
-from config import ModelConfig, TrainConfig
-from dropout import Dropout
-from model import GPTModel
 
 jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,50 +44,6 @@ def few_programs_in_memory():
         gc.collect()
 
 
-ROOT = Path(__file__).parent.parent
-VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
-TINY_MODEL = {
-    "vocab_size": VOCAB_SIZE,
-    "context_length": CONTEXT_LENGTH,
-    "emb_dim": 32,
-    "n_heads": 4,
-    "n_layers": 1,
-    "qkv_bias": False,
-}
-TINY_TRAIN = {
-    "dataset": "set by the fixture",
-    "microbatch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "min_train_tokens": 12 * 2 * 4 * CONTEXT_LENGTH,  # 12 global steps
-    "learning_rate": 0.01,
-    "checkpoint_interval": 5,
-    "val_tokens": 64,
-    "mesh": {"data": 1},
-}
-
-
-def tiny_model_config(**changes):
-    return ModelConfig(**(TINY_MODEL | changes))
-
-
-def tiny_train_config(**changes):
-    return TrainConfig(**(TINY_TRAIN | changes))
-
-
-def tiny_model(seed=0, *, drop_rate=0.0, dtype="float32", **changes):
-    return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate, dtype=dtype)
-
-
-@nnx.jit
-def logits(model, tokens, dropout_keys=None):
-    """Call a model compiled: op by op, every operation would be compiled on its own."""
-    return model(tokens, None if dropout_keys is None else Dropout(dropout_keys))
-
-
-def random_tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, count).astype(np.uint16)
-
-
 @pytest.fixture
 def token_folder(tmp_path):
     """A dataset of random tokens below the tiny vocabulary."""
@@ -122,9 +68,6 @@ def make_run(tmp_path, token_folder):
     return make
 
 
-Finished = namedtuple("Finished", "returncode stdout stderr")
-
-
 @pytest.fixture
 def call_program(capsys):
     """Run a program inside this process, where everything is imported and compiled: `call_program("train", run)`."""
@@ -137,45 +80,3 @@ def call_program(capsys):
         return Finished(exit_info.value.code, *capsys.readouterr())
 
     return call
-
-
-def run_program(*arguments, cwd=ROOT, **options):
-    """Run one of the programs as a user would; returns the finished process with its text output."""
-    command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
-
-
-def without_times(run):
-    return [
-        {k: v for k, v in record.items() if not k.endswith("seconds")} for record in metrics.read(run / "metrics.jsonl")
-    ]
-
-
-def final_state(run):
-    """Everything that must not depend on interruptions."""
-    newest = find_checkpoints(run / "checkpoints")[-1]
-    verify(newest)
-    return {
-        "parameters": load_file(newest.path / "model.safetensors"),
-        "optimizer": read(newest).optimizer,
-        "metrics": without_times(run),
-        "samples": (run / "samples.txt").read_text() if (run / "samples.txt").exists() else "",
-        "step": newest.global_step,
-    }
-
-
-def assert_same(left, right):
-    for part in ("parameters", "optimizer"):
-        assert left[part].keys() == right[part].keys()
-        for name, array in left[part].items():
-            assert np.array_equal(array, right[part][name]), name
-    assert left["metrics"] == right["metrics"]
-    assert left["samples"] == right["samples"]
-    assert left["step"] == right["step"]
-
-
-def complaint(finished, code=2):
-    assert finished.returncode == code, finished.stderr
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in finished.stderr
-    return errors[0]

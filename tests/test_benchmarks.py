@@ -7,7 +7,7 @@ import json
 import compare
 import pytest
 import shapes
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens
 from safetensors.numpy import save_file
 
 STEPS = 3

@@ -5,7 +5,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from matplotlib.figure import Figure
 
 import charts

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_tokens, tiny_model, tiny_train_config
 from flax import nnx
+from helpers import random_tokens, tiny_model, tiny_train_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

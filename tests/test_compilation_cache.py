@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import run_program, tiny_model, tiny_train_config
+from helpers import run_program, tiny_model, tiny_train_config
 from safetensors.numpy import load_file
 
 from checkpointing import copy_to_host, load, save

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import ROOT, TINY_MODEL, TINY_TRAIN, tiny_model_config, tiny_train_config
+from helpers import ROOT, TINY_MODEL, TINY_TRAIN, tiny_model_config, tiny_train_config
 from pydantic import ValidationError
 
 from config import (

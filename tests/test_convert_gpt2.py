@@ -6,8 +6,8 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_TRAIN, complaint, logits, tiny_model
 from flax import nnx
+from helpers import TINY_TRAIN, complaint, logits, tiny_model
 from safetensors.numpy import load_file, save_file
 from test_dataset_sources import COMMIT, Hub, point_client_at, serve  # noqa: F401
 from test_gpt2_weights import FIXTURE

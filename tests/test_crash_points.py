@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from helpers import ROOT, run_program
 
 if sys.platform != "linux":
     pytest.skip("the paths of open files are read from Linux's /proc", allow_module_level=True)

@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config, tiny_train_config
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config, tiny_train_config
 from safetensors.numpy import save_file
 
 from config import MEMORY_BYTES

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_tokens
+from helpers import ROOT, random_tokens
 from huggingface_hub import close_session, constants, file_download, hf_hub_download
 from safetensors.numpy import load_file, save
 

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, complaint, random_tokens, tiny_model
 from flax import nnx
+from helpers import CONTEXT_LENGTH, complaint, random_tokens, tiny_model
 
 import starting
 from data import TokenStream

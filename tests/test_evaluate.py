@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, logits, random_tokens, tiny_model
 from flax import nnx
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, logits, random_tokens, tiny_model
 from safetensors.numpy import save_file
 from test_model import with_larger_weights
 from test_smoke_scripts import save_model

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_tokens, tiny_model
+from helpers import random_tokens, tiny_model
 
 from data import TokenStream
 from evaluation import mean_loss

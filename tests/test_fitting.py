@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from conftest import complaint, tiny_model_config, tiny_train_config
+from helpers import complaint, tiny_model_config, tiny_train_config
 
 import fitting
 import starting

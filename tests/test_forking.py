@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens, tiny_model_config
 from flax import nnx
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens, tiny_model_config
 from test_model import with_larger_weights
 
 import metrics

@@ -5,15 +5,11 @@ A refactor leaves `tests/golden/` untouched. A change of the numbers regenerates
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from conftest import CONTEXT_LENGTH, random_tokens, tiny_model, tiny_train_config
+from helpers import CONTEXT_LENGTH, random_tokens, tiny_model, tiny_train_config
 
 from data import TokenStream
 from optimizer import make_optimizer

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, logits, tiny_model, tiny_model_config
 from flax import nnx
+from helpers import ROOT, logits, tiny_model, tiny_model_config
 from safetensors.numpy import load_file
 from test_model import with_larger_weights
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, TINY_MODEL, TINY_TRAIN, VOCAB_SIZE, random_tokens
 from flax import nnx
+from helpers import ROOT, TINY_MODEL, TINY_TRAIN, VOCAB_SIZE, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file

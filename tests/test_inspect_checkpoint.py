@@ -3,7 +3,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import complaint, tiny_model, tiny_train_config
+from helpers import complaint, tiny_model, tiny_train_config
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import MODEL_FILE, copy_to_host, find_checkpoints, save

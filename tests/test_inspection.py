@@ -6,8 +6,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_MODEL, tiny_model
 from flax import nnx
+from helpers import ROOT, TINY_MODEL, tiny_model
 
 from inspection import (
     NORM_SCALE,

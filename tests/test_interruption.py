@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from interruption import StopRequest, listening
 

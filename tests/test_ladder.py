@@ -6,8 +6,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, random_tokens, tiny_train_config
 from flax import nnx
+from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, random_tokens, tiny_train_config
 
 from config import ModelConfig, TrainConfig, load_config
 from data import TokenStream

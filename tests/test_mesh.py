@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from config import MeshConfig
 from mesh import array_spec, describe_devices, describe_mesh, make_mesh

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 from flax import nnx
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 
 from config import ModelConfig
 from dropout import Dropout

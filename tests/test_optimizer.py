@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_train_config
 from flax import nnx
+from helpers import tiny_train_config
 
 from optimizer import learning_rate_schedule, make_optimizer, update_report
 

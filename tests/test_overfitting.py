@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import complaint, tiny_model_config
+from helpers import complaint, tiny_model_config
 
 import overfitting
 from config import TrainConfig

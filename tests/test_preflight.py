@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from conftest import tiny_model_config, tiny_train_config
 from flax import nnx
+from helpers import tiny_model_config, tiny_train_config
 
 from config import ModelConfig, TrainConfig
 from model import GPTModel

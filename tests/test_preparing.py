@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file

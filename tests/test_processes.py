@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, ROOT, complaint, final_state, random_tokens
+from helpers import CONTEXT_LENGTH, ROOT, complaint, final_state, random_tokens
 
 import metrics
 import processes

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import complaint
+from helpers import complaint
 
 import checkpointing
 import prove_resume

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model
 from flax import nnx
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model
 from test_model import SWITCHES, numpy_gpt2, with_larger_weights
 
 import generation

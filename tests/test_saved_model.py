@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import VOCAB_SIZE, random_tokens, tiny_model
 from flax import nnx
+from helpers import VOCAB_SIZE, random_tokens, tiny_model
 from safetensors.numpy import load_file, save_file
 
 import checkpointing

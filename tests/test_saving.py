@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from conftest import ROOT, assert_same, complaint, final_state, run_program
+from helpers import ROOT, assert_same, complaint, final_state, run_program
 from safetensors import SafetensorError
 
 import charts

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import run_program
 from flax import nnx
+from helpers import run_program
 from safetensors.numpy import save_file
 
 import tokenizer

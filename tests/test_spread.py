@@ -8,8 +8,8 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, VOCAB_SIZE, complaint, final_state, random_tokens, tiny_model, tiny_train_config
 from flax import nnx
+from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, final_state, random_tokens, tiny_model, tiny_train_config
 from test_golden import GOLDEN, STEPS
 from test_saving import on_step, send
 

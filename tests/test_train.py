@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, complaint, final_state, run_program
+from helpers import ROOT, assert_same, complaint, final_state, run_program
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import find_checkpoints, verify

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from conftest import TINY_TRAIN
+from helpers import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
 import loop

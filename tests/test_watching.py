@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
 from flax import nnx
+from helpers import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
 from safetensors.numpy import save_file
 
 import loop
