@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-import command_line
-from charts import COMPARISON, X_LABELS
-from run_directory import find_runs
+from outside_in.reports.charts import COMPARISON, X_LABELS
+from outside_in.runtime import cli
+from outside_in.storage.run_directory import find_runs
 
 
 def main(args: argparse.Namespace) -> int:
@@ -15,14 +15,14 @@ def main(args: argparse.Namespace) -> int:
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
     runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
-    from comparison import compare  # which imports JAX: not for a typing error
+    from outside_in.reports.comparison import compare  # which imports JAX: not for a typing error
 
     print(*compare(runs, args.x, args.output), sep="\n")
-    return command_line.DONE
+    return cli.DONE
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--x", choices=X_LABELS, default="tokens", help="the horizontal axis (tokens)")
     parser.add_argument(
@@ -36,4 +36,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import command_line
-from durable import appearing
-from run_directory import RunDirectory
+from outside_in.runtime import cli
+from outside_in.storage.atomic import appearing
+from outside_in.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from config import ModelConfig
+    from outside_in.config import ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
@@ -43,21 +43,21 @@ def main(args: argparse.Namespace) -> int:
 
 def import_run(source: str, target: Path) -> int:
     """Make a run of a GPT-2 from a folder or from the Hub; training starts from its weights."""
-    import gpt2_weights
-    import manifest
-    import tokenizer
-    from config import parse_config, read_json
-    from weights import save_weights
+    from outside_in.config import parse_config, read_json
+    from outside_in.data import tokenizer
+    from outside_in.huggingface import gpt2_names
+    from outside_in.storage import manifest
+    from outside_in.weights import save_weights
 
     folder = find_folder(source)
-    config = gpt2_weights.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    config = gpt2_names.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
     if tokenizer.is_gpt2(config.vocab_size):
         check_vocabulary(folder)
     theirs, metadata = open_weights(folder)
-    arrays = gpt2_weights.import_weights(theirs, config, str(folder))
+    arrays = gpt2_names.import_weights(theirs, config, str(folder))
     if "model.json" in metadata:  # we have exported it
         original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
-        arrays, config = gpt2_weights.without_zero_biases(arrays, config, original)
+        arrays, config = gpt2_names.without_zero_biases(arrays, config, original)
     with appearing(target) as staging:
         initial = RunDirectory(staging).initial_weights
         initial.parent.mkdir()
@@ -71,12 +71,12 @@ def import_run(source: str, target: Path) -> int:
     print(f"uv run test_generation.py {target}")
     print(f"uv run evaluate.py {target}")
     print(f"uv run train.py {target}    # fine-tunes it; say on what in {RunDirectory(target).train_config}")
-    return command_line.DONE
+    return cli.DONE
 
 
 def find_folder(source: str) -> Path:
     """Return the local folder of a GPT-2, fetched from the Hub when there is none of that name."""
-    from dataset_sources import HUB_ID, reason
+    from outside_in.data.sources import HUB_ID, reason
 
     if (folder := Path(source)).is_dir():
         if RunDirectory(folder).train_config.is_file():
@@ -117,8 +117,8 @@ def fetch(source: str) -> Path:
 
 def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Open the weights of a folder, in one file or several: arrays that are read when they are wanted, and metadata."""
-    from dataset_sources import impostor
-    from weights import load_weights, read_metadata
+    from outside_in.data.sources import impostor
+    from outside_in.weights import load_weights, read_metadata
 
     if (folder / WEIGHTS).exists():
         files = {WEIGHTS}
@@ -141,7 +141,7 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def shards(index: Path) -> set[str]:
     """Return the names of the files that an index lists, which lie beside it."""
-    from config import read_json
+    from outside_in.config import read_json
 
     weight_map = read_json(index, LARGEST_INDEX_BYTES).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -152,8 +152,8 @@ def shards(index: Path) -> set[str]:
 
 def check_vocabulary(folder: Path) -> None:
     """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
-    import tokenizer
-    from config import read_json
+    from outside_in.config import read_json
+    from outside_in.data import tokenizer
 
     ours = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
     for name in (VOCABULARY, TOKENIZER):
@@ -174,20 +174,20 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
     """Write a folder that `transformers` loads: weights, configs, tokeniser, and a model card."""
     from flax import nnx
 
-    import gpt2_weights
-    import tokenizer
     from model import count_parameters
-    from saved_model import load_saved_model
-    from weights import host_arrays, save_weights
+    from outside_in.data import tokenizer
+    from outside_in.huggingface import gpt2_names
+    from outside_in.inference.load import load_saved_model
+    from outside_in.weights import host_arrays, save_weights
 
     path = find_checkpoint(source, which)
     model = load_saved_model(path)
     config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
     try:
-        described = gpt2_weights.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
+        described = gpt2_names.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    arrays = gpt2_weights.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
+    arrays = gpt2_names.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
     with appearing(target) as staging:
         save_weights(staging / WEIGHTS, arrays, config.model_dump_json(), format="pt")
         write_json(staging / CONFIG, described)
@@ -198,12 +198,12 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
     print(f"{target}: {parameters:,} parameters of {path}")
     if is_text:
         print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
-    return command_line.DONE
+    return cli.DONE
 
 
 def find_checkpoint(source: Path, which: str | None) -> Path:
     """Return the weights file of a run's checkpoint, `which` or the best, or what `find_weights` takes else."""
-    from saved_model import find_weights
+    from outside_in.inference.load import find_weights
 
     if which is None:
         return find_weights(source)
@@ -216,7 +216,7 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
     """Write GPT-2's vocabulary, and what generation and tokenising in `transformers` want to know."""
-    import tokenizer
+    from outside_in.data import tokenizer
 
     for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
         shutil.copyfile(file, folder / name)
@@ -229,7 +229,7 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 def model_card(target: Path, weights: Path, config: "ModelConfig", parameters: int) -> str:
     """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
-    from config import read_json
+    from outside_in.config import read_json
 
     folder = weights.resolve().parent
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
@@ -273,8 +273,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser(
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(
         "Import a GPT-2 from Hugging Face as a run, or export a run as a folder that transformers loads."
     )
     parser.add_argument("action", choices=("import", "export"))
@@ -291,4 +291,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

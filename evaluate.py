@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-import command_line
+from outside_in.runtime import cli
 
 if TYPE_CHECKING:
     import numpy as np
 
     from model import GPTModel
-    from multiple_choice import Question
+    from outside_in.inference.hellaswag import Question
 
 BLOCK = 1024  # tokens that count as one measurement, since neighbours are alike
 TOKENS_PER_BATCH = 8192
@@ -36,17 +36,17 @@ COLUMNS = {  # of the table: heading and form of what the JSON has under these n
 
 def main(args: argparse.Namespace) -> int:
     check(args)
-    from mesh import describe_devices  # these take seconds: not for a typing error
     from model import count_parameters
-    from multiple_choice import read_questions
-    from saved_model import find_weights, load_saved_model
+    from outside_in.inference.hellaswag import read_questions
+    from outside_in.inference.load import find_weights, load_saved_model
+    from outside_in.runtime.mesh import describe_devices  # these take seconds: not for a typing error
 
     files = [find_weights(path) for path in args.models]
     questions = read_questions(args.hellaswag) if args.hellaswag else None
     subject, tokens = None, None
     if args.dataset or not questions:
         subject, tokens = read_tokens(args, files)
-    command_line.say(describe_devices())
+    cli.say(describe_devices())
     rows: list[dict[str, Any]] = []
     first = None
     for path, file in zip(args.models, files, strict=True):
@@ -66,17 +66,17 @@ def main(args: argparse.Namespace) -> int:
         temporary = args.json.with_name(f".{args.json.name}.tmp")
         temporary.write_text(json.dumps({"judged_on": subject, "models": rows}, indent=2) + "\n")
         temporary.replace(args.json)
-    return command_line.DONE
+    return cli.DONE
 
 
 def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, Any], "np.ndarray"]:
     """Load the tokens that all models are judged on; also return which they are."""
     import numpy as np
 
-    from config import ModelConfig, parse_config
-    from data import count_tokens, load_tokens
-    from dataset_sources import dataset_folder
-    from weights import read_model_json
+    from outside_in.config import ModelConfig, parse_config
+    from outside_in.data.loader import count_tokens, load_tokens
+    from outside_in.data.sources import dataset_folder
+    from outside_in.weights import read_model_json
 
     vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
     dataset = args.dataset or dataset_of(args.models[0])
@@ -91,8 +91,8 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
 
 def dataset_of(path: Path) -> str:
     """Name the dataset of the run that a path belongs to."""
-    from config import TrainConfig, load_config
-    from run_directory import RunDirectory
+    from outside_in.config import TrainConfig, load_config
+    from outside_in.storage.run_directory import RunDirectory
 
     for folder in (path, *path.absolute().parents[:3]):
         if (file := RunDirectory(folder).train_config).is_file():
@@ -107,7 +107,7 @@ def losses_of(model: "GPTModel", tokens: "np.ndarray", args: argparse.Namespace)
     """Return the loss of every token but the first, (tokens,), float32."""
     import numpy as np
 
-    from evaluation import num_windows, windowed_losses
+    from outside_in.inference.evaluation import num_windows, windowed_losses
 
     length = model.config.context_length
     if args.stride and args.stride > length:
@@ -124,7 +124,7 @@ def losses_of(model: "GPTModel", tokens: "np.ndarray", args: argparse.Namespace)
 
 def count_bytes(model: "GPTModel", tokens: "np.ndarray") -> int:
     """Count the bytes of the text to predict; 0 when the model's tokens are not GPT-2's."""
-    import tokenizer
+    from outside_in.data import tokenizer
 
     return tokenizer.count_bytes(tokens[1:]) if tokenizer.is_gpt2(model.config.vocab_size) else 0
 
@@ -133,7 +133,7 @@ def summary(losses: "np.ndarray", first: "np.ndarray | None", num_bytes: int) ->
     """Return mean loss, perplexity and bits per byte, with what they may be off by, and against the first model's."""
     import numpy as np
 
-    from evaluation import standard_error
+    from outside_in.inference.evaluation import standard_error
 
     loss, row = losses.mean(dtype=np.float64).item(), {}
     if first is not None:
@@ -160,8 +160,8 @@ def hellaswag(path: Path, model: "GPTModel", questions: list["Question"]) -> dic
     """Return how many questions a model answers as it should."""
     import numpy as np
 
-    import tokenizer
-    from multiple_choice import answer, count_longer
+    from outside_in.data import tokenizer
+    from outside_in.inference.hellaswag import answer, count_longer
 
     if not tokenizer.is_gpt2(model.config.vocab_size):
         raise ValueError(f"--hellaswag: {path}: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
@@ -201,8 +201,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--json: expected a file in a folder that is there, got {args.json}")
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Loss, perplexity and bits per byte of models on the same held-out tokens.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Loss, perplexity and bits per byte of models on the same held-out tokens.")
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="a run (its best checkpoint), a checkpoint, or a file"
     )
@@ -226,4 +226,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

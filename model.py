@@ -18,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from attention import causal_weights
-from config import ModelConfig
-from dropout import Dropout
-from kernels import LayerNorm, causal_attention, vocabulary_product
-from loss import chunked_cross_entropy, chunked_losses
-from weights import named_arrays
+from outside_in.config import ModelConfig
+from outside_in.layers.attention import causal_weights
+from outside_in.layers.dropout import Dropout
+from outside_in.layers.kernels import LayerNorm, causal_attention, vocabulary_product
+from outside_in.loss import chunked_cross_entropy, chunked_losses
+from outside_in.weights import named_arrays
 
 INIT_STD = 0.02
 # GPT-2's tanh form. For the backward pass it is computed again: what it would keep is larger than its input.

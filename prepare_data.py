@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import command_line
-import data_description
-import preparing
-from command_line import say
-from documents import HubDataset, Reading, find_files
-from interruption import StopRequest, listening
+from outside_in.data.prepare import description as data_description
+from outside_in.data.prepare import pipeline
+from outside_in.data.prepare.documents import HubDataset, Reading, find_files
+from outside_in.runtime import cli
+from outside_in.runtime.cli import say
+from outside_in.runtime.signals import StopRequest, listening
 
 
 def main(args: argparse.Namespace) -> int:
@@ -26,13 +26,13 @@ def main(args: argparse.Namespace) -> int:
         with tqdm(unit="token", unit_scale=True, dynamic_ncols=True, leave=False, delay=1) as bar:
             _, lines = data_description.describe(args.describe, progress=lambda done: bar.update(done - bar.n))
         print(*lines, sep="\n")
-        return command_line.DONE
+        return cli.DONE
     if not args.folder or not (args.text or args.hub):
         raise ValueError("expected a folder to write, and --text FILES or --hub DATASET; see --help")
-    sources: list[preparing.Source] = (
+    sources: list[pipeline.Source] = (
         [*find_files(args.text)] if args.text else [HubDataset(args.hub, args.config, args.split)]
     )
-    options = preparing.Options(
+    options = pipeline.Options(
         reading=Reading(args.field, args.separator, args.errors),
         validation=args.validation,
         limit_tokens=args.limit_tokens,
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     stop = StopRequest()
     try:
         with (
-            closing(preparing.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
+            closing(pipeline.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
             listening(stop, "stopping; a second Ctrl-C leaves at once", "left at once; the same command goes on"),
         ):
             return prepare(preparation, args.workers, stop)
@@ -54,13 +54,13 @@ def main(args: argparse.Namespace) -> int:
         raise RuntimeError(f"{args.folder}: no space left; free some, and the same command goes on") from error
 
 
-def prepare(preparation: preparing.Preparation, workers: int, stop: StopRequest) -> int:
+def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) -> int:
     if preparation.goes_on:
         say(f"going on after {preparation.progress.documents:,} documents")
     sizes = [source.size_bytes or 0 for source in preparation.sources]
     with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
-        def show(bytes_read: int, preparation: preparing.Preparation) -> None:
+        def show(bytes_read: int, preparation: pipeline.Preparation) -> None:
             done, tokens = preparation.progress.documents, preparation.num_tokens
             bar.set_postfix_str(f"{done:,} documents, {tokens:,} tokens", refresh=False)
             bar.update(sum(sizes[: preparation.progress.source]) + bytes_read - bar.n)
@@ -81,7 +81,7 @@ def prepare(preparation: preparing.Preparation, workers: int, stop: StopRequest)
         return stop.exit_code
     print(*data_description.lines(description), sep="\n")
     say(f'{preparation.out} is ready: say "dataset": "{preparation.out}" in a run\'s train.json')
-    return command_line.DONE
+    return cli.DONE
 
 
 def share(text: str) -> float:
@@ -104,8 +104,8 @@ def seed(text: str) -> int:
     return value
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser(description="Make token files of GPT-2's encoding out of text.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description="Make token files of GPT-2's encoding out of text.")
     parser.add_argument("folder", nargs="?", type=Path, help="the folder to make")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -152,4 +152,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpointing
-import command_line
-import metrics
-from config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
-from run_directory import RunDirectory
-from training import ABOUT_TO_STEP
+from outside_in.config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from outside_in.runtime import cli
+from outside_in.storage import metrics
+from outside_in.storage.run_directory import RunDirectory
+from outside_in.training.state import ABOUT_TO_STEP
 
 TRAIN = Path(__file__).with_name("train.py")
 PHASES = ("starting", "stepping", "saving")
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     print(*kill_table(kills), "", *comparison_table(rows), "", sep="\n")
     different = [name for name, _, difference in rows if difference]
     print(f"{'different' if different else 'identical'} after {len(kills)} kill{'s' * (len(kills) > 1)}")
-    return command_line.FAILED if different else command_line.DONE
+    return cli.FAILED if different else cli.DONE
 
 
 def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
@@ -108,7 +108,7 @@ def has_begun(run: RunDirectory) -> bool:
 
 def train_to_the_end(run: RunDirectory) -> None:
     with training(run) as process:
-        if process.wait() != command_line.DONE:
+        if process.wait() != cli.DONE:
             raise RuntimeError(last_line(run))
 
 
@@ -132,7 +132,7 @@ def train_alone(run: RunDirectory) -> dict[str, float]:
                 saves.append(time.monotonic() - saving_since)
                 saving_since = None
             time.sleep(POLL)
-        if process.returncode != command_line.DONE:
+        if process.returncode != cli.DONE:
             raise RuntimeError(last_line(run))
     steps = [record["seconds"] for record in metrics.read(run.metrics)[1:]]
     return {"starting": first_step, "stepping": max(steps, default=0.0), "saving": max(saves)}
@@ -155,7 +155,7 @@ def train_and_kill(
                 wait_for(process, lambda: is_saving(run))
             time.sleep(rng.uniform(0, seconds[phase]))
             if process.poll() is not None:
-                if process.returncode != command_line.DONE:
+                if process.returncode != cli.DONE:
                     raise RuntimeError(last_line(run))
                 break
         found = checkpointing.find_checkpoints(run.checkpoints)
@@ -245,8 +245,8 @@ def count(text: str) -> int:
     return int(text)
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser(
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(
         description="Kill a short twin of a run at random moments, resume it each time, and compare it bit for bit "
         "with one that was left alone. The run's own folder is not touched; the twins live in a temporary folder "
         "(set TMPDIR for another disk)."
@@ -260,4 +260,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the twin being trained ends as well
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import command_line
+from outside_in.runtime import cli
 
 if TYPE_CHECKING:
     from model import GPTModel
@@ -20,9 +20,9 @@ Now wherefore stopp'st thou me?"""
 
 
 def main(args: argparse.Namespace) -> int:
-    import tokenizer  # these take seconds: not for `--help`
-    from mesh import describe_devices
-    from saved_model import find_weights, load_saved_model
+    from outside_in.data import tokenizer
+    from outside_in.inference.load import find_weights, load_saved_model
+    from outside_in.runtime.mesh import describe_devices
 
     describe_devices()
     model = load_saved_model(find_weights(args.model))
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
     matches = sum(given == found for given, found in zip(token_ids, predicted, strict=True))
     print(f"{matches} of {len(token_ids)} tokens map to themselves")
-    return command_line.DONE if matches == len(token_ids) else command_line.FAILED
+    return cli.DONE if matches == len(token_ids) else cli.FAILED
 
 
 def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
@@ -49,12 +49,12 @@ def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
     return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument("--text", default=POEM, help="another text than the first verse of the Ancient Mariner")
     return parser
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import command_line
+from outside_in.runtime import cli
 
 
 def main(args: argparse.Namespace) -> int:
     check(args)
-    import tokenizer  # these take seconds: not for a typing error
-    from generation import Sampling, generate, stream
-    from mesh import describe_devices
-    from saved_model import find_weights, load_saved_model
+    from outside_in.data import tokenizer
+    from outside_in.inference.generation import Sampling, generate, stream
+    from outside_in.inference.load import find_weights, load_saved_model
+    from outside_in.runtime.mesh import describe_devices
 
     describe_devices()
     path = find_weights(args.model)
@@ -41,12 +41,12 @@ def main(args: argparse.Namespace) -> int:
     else:  # of several that come together, each can only be told when all are there
         for completion in generate(model, prompt_ids, args.tokens, args.samples, **options):
             tell(args.prompt, [completion.tolist()], stop_id)
-    return command_line.DONE
+    return cli.DONE
 
 
 def tell(prompt: str, parts: Iterable[list[int]], stop_id: int | None) -> None:
     """Print a prompt and the tokens that follow as they come, up to `<|endoftext|>` where they stop there."""
-    import tokenizer
+    from outside_in.data import tokenizer
 
     print(prompt, end="", flush=True)
     for text in tokenizer.decode_stream(part[: part.index(stop_id)] if stop_id in part else part for part in parts):
@@ -72,8 +72,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--samples, --top-k and --top-p need a --temperature above 0: greedy ones are all the same")
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Complete a prompt; greedily, unless a temperature is given.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Complete a prompt; greedily, unless a temperature is given.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument("--prompt", default="Every effort moves you")
     parser.add_argument("--tokens", type=int, default=20, help="how many to add (20)")
@@ -87,4 +87,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import command_line
-from command_line import say
-from config import ModelConfig, TrainConfig, load_config
-from interruption import StopRequest
-from run_directory import RunDirectory, find_runs
-from stopwatch import Stopwatch
+from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.runtime import cli
+from outside_in.runtime.cli import say
+from outside_in.runtime.signals import StopRequest
+from outside_in.runtime.timing import Stopwatch
+from outside_in.storage.run_directory import RunDirectory, find_runs
 
 RUNS = Path("runs")
 
@@ -57,23 +57,23 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
         if args.instead:
             return args.instead(run, model_config, config)
         with locked(run, args):
-            from loop import train_or_go_on
+            from outside_in.training.loop import train_or_go_on
 
             return train_or_go_on(run, model_config, config, args, stop, stopwatch)
     except Exception as error:
-        if not command_line.is_out_of_device_memory(error):
+        if not cli.is_out_of_device_memory(error):
             raise
-        import fitting
+        from outside_in.diagnostics import memory
 
         traceback.clear_frames(error.__traceback__)  # which hold the model
-        raise ValueError(fitting.advice(model_config, config, str(error))) from error
+        raise ValueError(memory.advice(model_config, config, str(error))) from error
 
 
 def locked(run: RunDirectory, args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Hold the run for this process, or for all of those that train it together."""
     if not args.distributed:
         return run.lock()
-    from processes import by_the_first
+    from outside_in.runtime.processes import by_the_first
 
     return by_the_first(run.lock())
 
@@ -91,51 +91,51 @@ def meet(args: argparse.Namespace, stop: StopRequest) -> None:
             raise ValueError(
                 f"--process: expected a number from 0 to --processes - 1, got {args.process} of {args.processes}"
             )
-    from processes import is_first, join
+    from outside_in.runtime.processes import is_first, join
 
     join(*by_hand)
     stop.shared = True
     if not is_first():
-        command_line.be_quiet()
+        cli.be_quiet()
 
 
 def describe(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Print what a run will be and need."""
-    import preflight
-    from mesh import describe_devices, make_mesh
-    from starting import leaked_share, tokens_available
+    from outside_in.diagnostics import preflight
+    from outside_in.runtime.mesh import describe_devices, make_mesh
+    from outside_in.training.setup import leaked_share, tokens_available
 
     print(describe_devices())
     available, leaked = tokens_available(config), leaked_share(config)
     print(*preflight.describe(run, model_config, config, available, leaked, make_mesh(config.mesh)), sep="\n")
-    return command_line.DONE
+    return cli.DONE
 
 
 def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Print what each `microbatch_size` that was tried needs, and the largest that fits."""
-    import fitting
-    from mesh import describe_devices
+    from outside_in.diagnostics import memory
+    from outside_in.runtime.mesh import describe_devices
 
     say(describe_devices())
-    print(*fitting.report(model_config, config), sep="\n")
-    return command_line.DONE
+    print(*memory.report(model_config, config), sep="\n")
+    return cli.DONE
 
 
 def overfit_one_batch(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> int:
     """Say whether a fresh model can learn the first microbatch by heart; the run's folder is left alone."""
-    import overfitting
-    from mesh import describe_devices
-    from starting import whole_steps
+    from outside_in.diagnostics import overfit
+    from outside_in.runtime.mesh import describe_devices
+    from outside_in.training.setup import whole_steps
 
     say(describe_devices())
     losses = []
-    with tqdm(total=overfitting.MOST_STEPS, unit="step", dynamic_ncols=True) as bar:
-        for loss in overfitting.overfit(model_config, config, whole_steps(run, model_config, config) // config.epochs):
+    with tqdm(total=overfit.MOST_STEPS, unit="step", dynamic_ncols=True) as bar:
+        for loss in overfit.overfit(model_config, config, whole_steps(run, model_config, config) // config.epochs):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-    say(overfitting.verdict(losses))
-    return command_line.DONE
+    say(overfit.verdict(losses))
+    return cli.DONE
 
 
 def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequest) -> int:
@@ -150,21 +150,21 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
         try:
             code = train_one(run, args, stop)
         except Exception as error:
-            code = command_line.complain(error, debug=args.debug)
-        if stop or code >= command_line.INTERRUPTED:  # also when saving failed then
+            code = cli.complain(error, debug=args.debug)
+        if stop or code >= cli.INTERRUPTED:  # also when saving failed then
             return code
-        failed |= code != command_line.DONE
-    if any(run.metrics.exists() for run in runs) and not args.instead and not command_line.is_quiet():
-        from charts import COMPARISON
-        from comparison import compare
+        failed |= code != cli.DONE
+    if any(run.metrics.exists() for run in runs) and not args.instead and not cli.is_quiet():
+        from outside_in.reports.charts import COMPARISON
+        from outside_in.reports.comparison import compare
 
         print(*compare(runs, "tokens", args.run / COMPARISON), sep="\n")
-    return command_line.FAILED if failed else command_line.DONE
+    return cli.FAILED if failed else cli.DONE
 
 
 def list_runs() -> int:
     """Print a line for every run below `runs/`: new, at step N of M, or finished."""
-    from starting import describe_progress
+    from outside_in.training.setup import describe_progress
 
     runs = find_runs(RUNS)
     width = max((len(str(run.path)) for run in runs), default=0)
@@ -175,11 +175,11 @@ def list_runs() -> int:
             status = f"error: {error}"
         print(f"{run.path!s:{width}}  {status}")
     print("uv run train.py runs/NAME trains one, or goes on with it")
-    return command_line.DONE
+    return cli.DONE
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser(description="Train a run, or go on with it.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description="Train a run, or go on with it.")
     parser.add_argument(
         "run", nargs="?", type=Path, help="the run's folder, or a folder of runs; without one, list them"
     )
@@ -227,4 +227,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

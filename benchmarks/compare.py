@@ -16,7 +16,7 @@ from typing import Any
 
 from shapes import split_arguments
 
-import command_line
+from outside_in.runtime import cli
 
 
 def main(args: argparse.Namespace, both: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace, both: list[str]) -> int:
     print(*describe(args, reports, spread(ratios)), sep="\n", file=output)
     if args.json:
         print(json.dumps({"ratio": spread(ratios), "first": reports[0], "second": reports[1]}))
-    return command_line.DONE
+    return cli.DONE
 
 
 def start(command: str, both: list[str]) -> subprocess.Popen[str]:
@@ -80,8 +80,8 @@ def describe(args: argparse.Namespace, reports: list[list[dict[str, Any]]], rati
     return lines
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Compare the speed of two benchmarks; what follows -- is given to both.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Compare the speed of two benchmarks; what follows -- is given to both.")
     parser.add_argument("first", help="a command line, such as 'python benchmarks/throughput.py --shape S'")
     parser.add_argument("second", help="another one; the ratio is how much faster the first is")
     parser.add_argument("--pairs", type=int, default=7)
@@ -94,4 +94,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 if __name__ == "__main__":
     own, both = split_arguments()
-    command_line.run(partial(main, both=both), make_parser(), own)
+    cli.run(partial(main, both=both), make_parser(), own)

@@ -18,11 +18,11 @@ import optax
 import shapes
 from flax import nnx
 
-import command_line
-import kernels
-from config import ModelConfig, TrainConfig
 from model import GPTModel
-from optimizer import learning_rate_schedule
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.layers import kernels
+from outside_in.optimizer import learning_rate_schedule
+from outside_in.runtime import cli
 
 
 @nnx.jit
@@ -91,11 +91,11 @@ def main(args: argparse.Namespace) -> int:
     return shapes.run(args, DispatchPerMicrobatch)
 
 
-def make_parser() -> command_line.ArgumentParser:
+def make_parser() -> cli.ArgumentParser:
     parser = shapes.make_parser("Measure a JAX loop with one call per microbatch; prints one JSON object.")
     parser.add_argument("--plain-parts", action="store_true", help="attention and layer norm of JAX and Flax")
     return parser
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

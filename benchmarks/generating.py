@@ -26,11 +26,11 @@ import torch
 import transformers
 from flax import nnx
 
-import command_line
-from generation import generate
-from mesh import describe_devices
 from model import GPTModel
-from saved_model import find_weights, load_saved_model
+from outside_in.inference.generation import generate
+from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.runtime import cli
+from outside_in.runtime.mesh import describe_devices
 
 GREEDY_TOKENS = 50
 TOLERANCE = 1e-4
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         "ratio_to_no_cache": statistics.median(speeds["ours"]) / recomputed,
     }
     print(json.dumps(report))
-    return command_line.DONE if report["same"] else command_line.FAILED
+    return cli.DONE if report["same"] else cli.FAILED
 
 
 def compare(ours: GPTModel, theirs: Any, prompt: list[int]) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def recompute_speed(model: GPTModel, prompt: list[int], num_tokens: int, most: i
     return 1 / statistics.median(seconds[1:])
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Measure how fast text is generated; prints one JSON object.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Measure how fast text is generated; prints one JSON object.")
     parser.add_argument("ours", type=Path, help="a run, a checkpoint, or a model.safetensors")
     parser.add_argument("exported", type=Path, help="what convert_gpt2.py export has made of it")
     parser.add_argument("--prompt", type=int, default=16, help="its length in tokens (16)")
@@ -127,4 +127,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

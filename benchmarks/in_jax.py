@@ -9,10 +9,10 @@ import jax
 import optax
 from shapes import load_tokens
 
-from config import ModelConfig, TrainConfig
-from data import TokenStream
 from model import GPTModel, count_parameters, create_model
-from weights import load_model
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.data.loader import TokenStream
+from outside_in.weights import load_model
 
 
 def make_model(args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> GPTModel:

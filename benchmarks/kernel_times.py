@@ -15,7 +15,7 @@ import shapes
 import throughput
 from jax.profiler import ProfileData
 
-import command_line
+from outside_in.runtime import cli
 
 WARM_UP, TRACED, ROWS = 3, 3, 40  # steps, steps, rows printed
 
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     (args.folder / "kernels.json").write_text(json.dumps(rows, indent=1))
     for row in rows[:ROWS]:
         print("{milliseconds:9.3f} ms {times:6.0f} × {name}".format(**row))
-    return command_line.DONE
+    return cli.DONE
 
 
 def read_kernels(path: Path) -> dict[str, tuple[float, int]]:
@@ -59,7 +59,7 @@ def read_kernels(path: Path) -> dict[str, tuple[float, int]]:
     return {name: (nanoseconds[name], times[name]) for name in times}
 
 
-def make_parser() -> command_line.ArgumentParser:
+def make_parser() -> cli.ArgumentParser:
     parser = shapes.make_parser("Print which kernels take the time of a training step on a GPU.")
     parser.add_argument("folder", type=Path, help="for the trace, kernels.json and step.hlo")
     parser.set_defaults(save_weights=None)
@@ -67,4 +67,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shapes import split_arguments
 
-import command_line
+from outside_in.runtime import cli
 
 LARGEST_DIFFERENCE = 1e-3  # nats, in float32; over twenty steps in which losses fall by several
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace, both: list[str]) -> int:
         print("{:4}  {:8.5f}  {:8.5f}  {:.1e}".format(step, *row))
     is_same = all(difference <= LARGEST_DIFFERENCE for difference in differences)  # with NaN it is not
     print(f"largest difference {max(differences):.1e}, allowed {LARGEST_DIFFERENCE:.0e}")
-    return command_line.DONE if is_same else command_line.FAILED
+    return cli.DONE if is_same else cli.FAILED
 
 
 def losses(command: str, arguments: list[str]) -> list[float]:
@@ -40,8 +40,8 @@ def losses(command: str, arguments: list[str]) -> list[float]:
     return json.loads(finished.stdout)["losses"]
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Compare the losses of two benchmarks; what follows -- is given to both.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Compare the losses of two benchmarks; what follows -- is given to both.")
     parser.add_argument("first", help="a command line that runs throughput.py")
     parser.add_argument("second", help="a command line that runs another benchmark")
     parser.add_argument("--steps", type=int, default=20)
@@ -50,4 +50,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 if __name__ == "__main__":
     own, both = split_arguments()
-    command_line.run(partial(main, both=both), make_parser(), own)
+    cli.run(partial(main, both=both), make_parser(), own)

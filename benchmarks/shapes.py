@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from command_line import DONE, ArgumentParser
-from config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
-from flops import flops_per_token, peak_tflops
-from tensor_files import open_tensors
+from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
+from outside_in.reports.flops import flops_per_token, peak_tflops
+from outside_in.runtime.cli import DONE, ArgumentParser
+from outside_in.storage.safetensors_file import open_tensors
 
 SHAPES = {
     "S": {"n_layers": 4, "emb_dim": 256, "n_heads": 4, "context_length": 256}

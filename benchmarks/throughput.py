@@ -17,12 +17,12 @@ import shapes
 from flax import nnx
 from safetensors.numpy import save_file
 
-import command_line
-from config import ModelConfig, TrainConfig
-from mesh import describe_devices
-from optimizer import make_optimizer
-from steps import compile_train_step, steps_ahead
-from weights import host_arrays
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.optimizer import make_optimizer
+from outside_in.runtime import cli
+from outside_in.runtime.mesh import describe_devices
+from outside_in.train_step import compile_train_step, steps_ahead
+from outside_in.weights import host_arrays
 
 
 class Ours:
@@ -62,11 +62,11 @@ def main(args: argparse.Namespace) -> int:
     return shapes.run(args, Ours)
 
 
-def make_parser() -> command_line.ArgumentParser:
+def make_parser() -> cli.ArgumentParser:
     parser = shapes.make_parser("Measure how fast outside-in trains; prints one JSON object.")
     parser.add_argument("--save-weights", type=Path, metavar="FILE", help="write the weights before the first step")
     return parser
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

@@ -12,10 +12,10 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import command_line
-from documents import Reading, find_files
-from preparing import Options, Preparation
-from tokenizer import gpt2_encoding
+from outside_in.data.prepare.documents import Reading, find_files
+from outside_in.data.prepare.pipeline import Options, Preparation
+from outside_in.data.tokenizer import gpt2_encoding
+from outside_in.runtime import cli
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,11 +44,11 @@ def main(args: argparse.Namespace) -> int:
         "ratios": ratios,
     }
     print(json.dumps(report))
-    return command_line.DONE
+    return cli.DONE
 
 
-def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Measure how fast text becomes tokens; prints one JSON object.")
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser("Measure how fast text becomes tokens; prints one JSON object.")
     parser.add_argument("text", nargs="+", type=Path, help="files or folders of documents")
     parser.add_argument("--field", default="text")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -57,4 +57,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

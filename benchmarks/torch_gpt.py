@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import command_line
-from config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.runtime import cli
 
 INIT_STD = 0.02
 START_FACTOR, END_FACTOR = 1e-5, 0.1  # of the peak learning rate
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
     return shapes.run(args, PyTorch)
 
 
-def make_parser() -> command_line.ArgumentParser:
+def make_parser() -> cli.ArgumentParser:
     parser = shapes.make_parser("Measure the same training in PyTorch; prints one JSON object.")
     parser.add_argument(
         "--compile",
@@ -212,4 +212,4 @@ def make_parser() -> command_line.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, make_parser())
+    cli.run(main, make_parser())

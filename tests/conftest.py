@@ -10,9 +10,10 @@ import tempfile
 import jax
 import pytest
 from helpers import TINY_MODEL, TINY_TRAIN, Finished, random_tokens
+from hub import point_client_at, serve  # noqa: F401
 from safetensors.numpy import save_file
 
-import command_line
+from outside_in.runtime import cli
 
 jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,7 +77,7 @@ def call_program(capsys):
         program = importlib.import_module(name)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
-            command_line.run(program.main, program.make_parser(), [str(argument) for argument in arguments])
+            cli.run(program.main, program.make_parser(), [str(argument) for argument in arguments])
         return Finished(exit_info.value.code, *capsys.readouterr())
 
     return call

@@ -1,7 +1,9 @@
 """What the tests share beside fixtures: one tiny model, one tiny run, and what it left."""
 
+import os
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,13 +11,15 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-import metrics
 from checkpointing import find_checkpoints, read, verify
-from config import ModelConfig, TrainConfig
-from dropout import Dropout
 from model import GPTModel
+from outside_in import train_step
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.layers.dropout import Dropout
+from outside_in.storage import metrics
 
 ROOT = Path(__file__).parent.parent
+GPT2_FIXTURE = ROOT / "tests" / "fixtures" / "gpt2"
 VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
 TINY_MODEL = {
     "vocab_size": VOCAB_SIZE,
@@ -102,3 +106,22 @@ def complaint(finished, code=2):
     errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in finished.stderr
     return errors[0]
+
+
+def on_step(monkeypatch, name, number, action):
+    """Before the `number`th call of a compiled step of that name, do something."""
+    original, calls = train_step.Compiled.__call__, 0
+
+    def wrapper(compiled, *args):
+        nonlocal calls
+        calls += compiled._name == name
+        if calls == number and compiled._name == name:
+            action()
+        return original(compiled, *args)
+
+    monkeypatch.setattr(train_step.Compiled, "__call__", wrapper)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)  # the listener is a thread

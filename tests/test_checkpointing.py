@@ -22,10 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 import checkpointing
 from checkpointing import choose, copy_to_host, find_checkpoints, load, prune, save, verify
-from data import TokenStream
-from optimizer import make_optimizer
-from steps import train_step
-from weights import load_model, read_model_json
+from outside_in.data.loader import TokenStream
+from outside_in.optimizer import make_optimizer
+from outside_in.train_step import train_step
+from outside_in.weights import load_model, read_model_json
 
 MODEL_JSON = '{"any": "text"}'
 ONE_LAYER_NAMES = {

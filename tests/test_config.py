@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT, TINY_MODEL, TINY_TRAIN, tiny_model_config, tiny_train_config
 from pydantic import ValidationError
 
-from config import (
+from outside_in.config import (
     MeshConfig,
     ModelConfig,
     TrainConfig,

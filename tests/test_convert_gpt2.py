@@ -7,23 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import TINY_TRAIN, complaint, logits, tiny_model
+from helpers import GPT2_FIXTURE, TINY_TRAIN, complaint, logits, tiny_model
+from hub import COMMIT, Hub
 from safetensors.numpy import load_file, save_file
-from test_dataset_sources import COMMIT, Hub, point_client_at, serve  # noqa: F401
-from test_gpt2_weights import FIXTURE
 from test_model import with_larger_weights
 
 import checkpointing
-import metrics
-import tokenizer
-from config import ModelConfig, TrainConfig, load_config
 from model import GPTModel
-from saved_model import find_weights, load_saved_model
-from weights import host_arrays, save_weights
+from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.data import tokenizer
+from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.storage import metrics
+from outside_in.weights import host_arrays, save_weights
 
 
 def theirs(head="tied"):
-    stored = load_file(FIXTURE / f"{head}.safetensors")
+    stored = load_file(GPT2_FIXTURE / f"{head}.safetensors")
     return stored.pop("tokens"), stored.pop("logits"), stored
 
 
@@ -32,8 +31,8 @@ def source(tmp_path):
     """A folder as the Hub has it."""
     folder = tmp_path / "gpt2"
     folder.mkdir()
-    shutil.copyfile(FIXTURE / "config.json", folder / "config.json")
-    config = json.loads((FIXTURE / "config.json").read_text()) | {"tie_word_embeddings": True}
+    shutil.copyfile(GPT2_FIXTURE / "config.json", folder / "config.json")
+    config = json.loads((GPT2_FIXTURE / "config.json").read_text()) | {"tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(theirs()[2], folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -11,11 +11,11 @@ from safetensors.numpy import save_file
 from test_model import with_larger_weights
 from test_smoke_scripts import save_model
 
-import tokenizer
-from evaluation import completion_losses, num_windows, standard_error, windowed_losses
-from multiple_choice import Question, answer, read_questions
-from saved_model import load_saved_model
-from weights import host_arrays, save_weights
+from outside_in.data import tokenizer
+from outside_in.inference.evaluation import completion_losses, num_windows, standard_error, windowed_losses
+from outside_in.inference.hellaswag import Question, answer, read_questions
+from outside_in.inference.load import load_saved_model
+from outside_in.weights import host_arrays, save_weights
 
 BIGRAM = {
     "n_layers": 0,

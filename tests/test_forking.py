@@ -14,21 +14,21 @@ from flax import nnx
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens, tiny_model_config
 from test_model import with_larger_weights
 
-import metrics
 import model as model_module
-from config import MeshConfig
-from data import TokenStream
-from debug_checks import make_checks
-from evaluation import mean_loss, windowed_losses
-from generation import generate
-from gpt2_weights import export_weights
-from kernels import causal_attention
-from loss import chunked_cross_entropy, cross_entropy
-from mesh import make_mesh, place
 from model import Block, CausalSelfAttention, GPTModel
-from saved_model import load_saved_model
-from steps import backward_order, loss_and_gradient, mean_gradient, place_batch
-from weights import host_arrays, named_arrays, save_weights
+from outside_in.config import MeshConfig
+from outside_in.data.loader import TokenStream
+from outside_in.diagnostics.finite_checks import make_checks
+from outside_in.huggingface.gpt2_names import export_weights
+from outside_in.inference.evaluation import mean_loss, windowed_losses
+from outside_in.inference.generation import generate
+from outside_in.inference.load import load_saved_model
+from outside_in.layers.kernels import causal_attention
+from outside_in.loss import chunked_cross_entropy, cross_entropy
+from outside_in.runtime.mesh import make_mesh, place
+from outside_in.storage import metrics
+from outside_in.train_step import backward_order, loss_and_gradient, mean_gradient, place_batch
+from outside_in.weights import host_arrays, named_arrays, save_weights
 
 SEED_KEY = jax.random.key(7)
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from helpers import CONTEXT_LENGTH, random_tokens, tiny_model, tiny_train_config
 
-from data import TokenStream
-from optimizer import make_optimizer
-from steps import train_step
+from outside_in.data.loader import TokenStream
+from outside_in.optimizer import make_optimizer
+from outside_in.train_step import train_step
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 20

@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import checkpointing
-import metrics
-import saved_model
 from checkpointing import Checkpoint, choose, copy_to_host, verify
-from config import LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
-from data import load_tokens
 from model import create_model
-from saved_model import load_saved_model
-from tensor_files import LARGEST_HEADER_BYTES
-from weights import load_model, named_arrays
+from outside_in.config import LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
+from outside_in.data.loader import load_tokens
+from outside_in.inference import load
+from outside_in.inference.load import load_saved_model
+from outside_in.storage import metrics
+from outside_in.storage.safetensors_file import LARGEST_HEADER_BYTES
+from outside_in.weights import load_model, named_arrays
 
 NAME = "20261121T093000Z-iteration-7"
 META = {"global_step": 7, "is_best": True, "seconds_trained": 1.5}
@@ -108,8 +108,8 @@ def weights(checkpoint):
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch):
     """Trace a model once, not for every file."""
-    traced = functools.cache(saved_model.abstract_model)
-    monkeypatch.setattr(saved_model, "abstract_model", lambda config: nnx.clone(traced(config)))
+    traced = functools.cache(load.abstract_model)
+    monkeypatch.setattr(load, "abstract_model", lambda config: nnx.clone(traced(config)))
 
 
 def test_the_good_files_are_good(template, checkpoint, weights, trained):
@@ -294,9 +294,9 @@ def test_a_hostile_model_json_in_a_weights_file_is_refused(kind, template, weigh
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(weights, monkeypatch):
-    monkeypatch.setattr(saved_model, "MEMORY_BYTES", weights.stat().st_size)
+    monkeypatch.setattr(load, "MEMORY_BYTES", weights.stat().st_size)
     load_saved_model(weights)
-    monkeypatch.setattr(saved_model, "MEMORY_BYTES", weights.stat().st_size - 1)
+    monkeypatch.setattr(load, "MEMORY_BYTES", weights.stat().st_size - 1)
     assert "this machine's memory" in line_of(weights, load_saved_model, weights)
 
 
@@ -552,7 +552,7 @@ def test_a_hostile_token_file_is_refused(kind, tmp_path):
 def test_tokens_that_do_not_fit_into_memory_are_refused_and_a_part_of_them_is_not(tmp_path, monkeypatch):
     path = tmp_path / "train.safetensors"
     path.write_bytes(packed(tokens_header(), bytes(200)))
-    monkeypatch.setattr("data.MEMORY_BYTES", 100)
+    monkeypatch.setattr("outside_in.data.loader.MEMORY_BYTES", 100)
     assert load_tokens(path, VOCAB_SIZE, 10, 20).size == 20
     assert "this machine's memory" in line_of(path, load_tokens, path, VOCAB_SIZE)
 
@@ -564,10 +564,10 @@ import json, resource, sys
 from pathlib import Path
 import checkpointing
 from checkpointing import Checkpoint, verify
-from config import ModelConfig, TrainConfig, load_config
-from data import load_tokens
-from saved_model import load_saved_model
-from weights import load_model
+from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.data.loader import load_tokens
+from outside_in.inference.load import load_saved_model
+from outside_in.weights import load_model
 
 model = load_saved_model(Path(sys.argv[1]))
 READERS = {

@@ -7,7 +7,7 @@ from helpers import complaint, tiny_model, tiny_train_config
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import MODEL_FILE, copy_to_host, find_checkpoints, save
-from optimizer import make_optimizer
+from outside_in.optimizer import make_optimizer
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, random_tokens, tiny_train_config
 
-from config import ModelConfig, TrainConfig, load_config
-from data import TokenStream
-from generation import generate
 from model import GPTModel, count_parameters
-from optimizer import make_optimizer
-from steps import train_step
+from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.data.loader import TokenStream
+from outside_in.inference.generation import generate
+from outside_in.optimizer import make_optimizer
+from outside_in.train_step import train_step
 
 LADDERS = ("ladder", "mini-ladder")
 ATTENTION = {"blocks.0.attention.query_key_value.kernel", "blocks.0.attention.output.kernel"}

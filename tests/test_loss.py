@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loss import chunk_size, chunked_cross_entropy, chunked_losses, cross_entropy
+from outside_in.loss import chunk_size, chunked_cross_entropy, chunked_losses, cross_entropy
 
 
 def reference(logits, targets):

@@ -5,9 +5,9 @@ import pytest
 from flax import nnx
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 
-from config import ModelConfig
-from dropout import Dropout
 from model import GPTModel, count_parameters, gelu
+from outside_in.config import ModelConfig
+from outside_in.layers.dropout import Dropout
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
 KEYS = jax.random.split(jax.random.key(1), 2)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from helpers import tiny_train_config
 
-from optimizer import learning_rate_schedule, make_optimizer, update_report
+from outside_in.optimizer import learning_rate_schedule, make_optimizer, update_report
 
 K = 4
 TOTAL_STEPS = 20

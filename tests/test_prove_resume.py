@@ -12,7 +12,7 @@ from helpers import complaint
 import checkpointing
 import prove_resume
 from checkpointing import HostCopy, find_checkpoints
-from run_directory import RunDirectory
+from outside_in.storage.run_directory import RunDirectory
 
 
 @pytest.fixture

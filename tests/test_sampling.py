@@ -6,8 +6,8 @@ from flax import nnx
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model
 from test_model import SWITCHES, numpy_gpt2, with_larger_weights
 
-import generation
-from generation import Sampling, generate, restrict, stream
+from outside_in.inference import generation
+from outside_in.inference.generation import Sampling, generate, restrict, stream
 
 PROMPT = [int(token) for token in random_tokens(3)]
 NUM_SAMPLES = 4000

@@ -6,10 +6,10 @@ from flax import nnx
 from helpers import run_program
 from safetensors.numpy import save_file
 
-import tokenizer
 from checkpointing import MODEL_FILE
-from config import ModelConfig
 from model import GPTModel
+from outside_in.config import ModelConfig
+from outside_in.data import tokenizer
 
 SHELL = ModelConfig(
     vocab_size=50257,

@@ -16,7 +16,7 @@ from helpers import ROOT, assert_same, complaint, final_state, run_program
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import find_checkpoints, verify
-from metrics import read
+from outside_in.storage.metrics import read
 
 LONG = {"min_train_tokens": 12 * 128, "epochs": 8, "checkpoint_interval": 40, "drop_rate": 0.2}  # 96 global steps
 FILES = {"loss-chart.png", "learning-rate-chart.png", "gradient-norm-chart.png", "metrics.jsonl", "checkpoints"}

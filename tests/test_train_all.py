@@ -7,8 +7,8 @@ import pytest
 from helpers import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
-import loop
-from metrics import read
+from outside_in.storage.metrics import read
+from outside_in.training import loop
 
 
 @pytest.fixture

@@ -1,0 +1,220 @@
+"""Token files in host RAM, and the rule that turns a step number into arrays."""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from outside_in.config import MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.storage.safetensors_file import open_tensors
+
+INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+CHECKED_AT_ONCE = 2**24  # tokens
+ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
+
+
+class Batch(NamedTuple):
+    """What one compiled call consumes: A microbatches of one global step."""
+
+    inputs: Any  # (A, B, T), uint16
+    targets: Any  # (A, B, T), uint16
+    position: Any  # (2,), uint32: global step, and which microbatch of it comes first
+    wishes: Any = np.zeros(1, np.uint32)  # (devices,): what each device's process would have all do, 0 for nothing
+
+
+def count_tokens(path: Path) -> int:
+    """Read the length of the `tokens` tensor from the header of a safetensors file; see `load_tokens`."""
+    with _open_tokens(path) as file:
+        return file.get_slice("tokens").get_shape()[0]
+
+
+def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None = None) -> jax.Array:
+    """Load `count` tokens from `start` on (None: all that follow) and commit them to host memory.
+
+    Returns token ids, shape (count,), uint16, each below `vocab_size`.
+    Raises ValueError when the tensor `tokens` is missing, not one-dimensional, not of an integer type, too short, or
+    has an id that is out of range (JAX would clamp it without a word).
+    """
+    available = count_tokens(path)
+    stop = available if count is None else start + count
+    if stop > available or start >= available:
+        raise ValueError(
+            f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
+        )
+    with _open_tokens(path) as file:
+        tensor = file.get_slice("tokens")
+        if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > MEMORY_BYTES:  # U16: 16 bits
+            raise ValueError(f"{path}: {stop - start:,} tokens do not fit into this machine's memory; use fewer tokens")
+        ids = tensor[start:stop]
+    _check_ids(path, ids, vocab_size, start)
+    return jax.device_put(ids.astype(np.uint16, copy=False), jax.local_devices(backend="cpu")[0])
+
+
+def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarray:
+    """Map `count` tokens from `start` on, which are read when they are looked at; see `load_tokens`."""
+    if (available := count_tokens(path)) < start + count:
+        raise ValueError(f"{path}: expected at least {start + count:,} tokens, got {available:,}; use fewer tokens")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(header_bytes))["tokens"]
+    kind = np.dtype({"U": "<u", "I": "<i"}[tensor["dtype"][0]] + str(int(tensor["dtype"][1:]) // 8))
+    offset = 8 + header_bytes + tensor["data_offsets"][0] + start * kind.itemsize
+    ids = np.memmap(path, kind, "r", offset, (count,))
+    for first in range(0, count, CHECKED_AT_ONCE):
+        _check_ids(path, ids[first : first + CHECKED_AT_ONCE], vocab_size, start + first)
+    return ids
+
+
+def _open_tokens(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
+    file = open_tensors(path)
+    names = list(file.keys())
+    if "tokens" not in names:
+        found = repr(", ".join(names[:5]))[1:-1][:200] or "none"  # a name may hold anything
+        raise ValueError(f"{path}: expected a tensor named 'tokens', got {found}; rename it")
+    tensor = file.get_slice("tokens")
+    if len(tensor.get_shape()) != 1 or tensor.get_dtype() not in INTEGER_TYPES:
+        raise ValueError(
+            f"{path}: expected 'tokens' to be one-dimensional integers, "
+            f"got shape {str(tuple(tensor.get_shape()))[:100]} of {tensor.get_dtype()}; flatten and cast it"
+        )
+    return file
+
+
+def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, start: int) -> None:
+    if ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+        return
+    bad = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+    raise ValueError(
+        f"{path}: token {start + bad:,} is id {ids[bad]}, expected ids from 0 to {vocab_size - 1}; "
+        "tokenize for this vocabulary or raise vocab_size"
+    )
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens of one split that a run uses; `calls(step)` is a pure function of this and the step."""
+
+    tokens: Any  # (num_tokens,), uint16, committed to host memory; with `columns` a file that is read as it is needed
+    batch_shape: tuple[int, int, int]  # K microbatches, B sequences, T positions: one global step
+    objective: Literal["next-token", "a-to-a"]
+    seed: int
+    shuffle: bool
+    columns: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
+    _read: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
+
+    @property
+    def num_steps(self) -> int:
+        """Whole global steps in one epoch; one token more than they hold is the last target."""
+        return (self.tokens.size - 1) // int(np.prod(self.batch_shape))
+
+    def positions(self, step: int) -> np.ndarray:
+        """Return where the sequences of global step `step` begin: indices of tokens, (K, B)."""
+        microbatches, sequences, length = self.batch_shape
+        epoch, step_in_epoch = divmod(step, self.num_steps)
+        per_step = microbatches * sequences
+        chosen = np.arange(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
+        if self.shuffle or epoch:
+            chosen = _sequence_order(self.seed, epoch, self.num_steps * per_step)[chosen]
+        return (chosen * length).reshape(microbatches, sequences)
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16, or (K, columns, T).
+
+        Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
+        """
+        host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
+        if self.columns is None:
+            windows = _windows(host_tokens, self.positions(step), length)
+        else:
+            epoch, step_in_epoch = divmod(step, self.num_steps)
+            windows = self._share(epoch)[step_in_epoch]
+        inputs = windows[..., :-1]
+        return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
+
+    def _share(self, epoch: int) -> np.ndarray:
+        """Read what this process needs of an epoch into memory, (steps, K, columns, T + 1)."""
+        if epoch not in self._read:
+            assert self.columns
+            steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)
+            positions = np.stack([self.positions(step)[:, slice(*self.columns)] for step in steps])
+            self._read.clear()
+            self._read[epoch] = _windows(self.tokens, positions, self.batch_shape[-1])
+        return self._read[epoch]
+
+    def calls(self, step: int, calls_per_step: int = 1) -> list[Batch]:
+        """Split the batch of a global step into the equal parts that its compiled calls consume."""
+        inputs, targets = (np.split(array, calls_per_step) for array in self.batch(step))
+        per_call = self.batch_shape[0] // calls_per_step
+        return [Batch(inputs[i], targets[i], np.array([step, i * per_call], np.uint32)) for i in range(calls_per_step)]
+
+
+def _windows(tokens: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
+    """Cut sequences of `length` tokens and the one that follows, (…, length + 1), where they begin."""
+    windows = np.stack([tokens[first : first + length + 1] for first in positions.flat]).astype(np.uint16, copy=False)
+    return windows.reshape(*positions.shape, length + 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _sequence_order(seed: int, epoch: int, num_sequences: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+
+
+def open_streams(
+    folder: Path,
+    model: ModelConfig,
+    train: TrainConfig,
+    steps_per_epoch: int,
+    devices: int = 1,
+    columns: tuple[int, int] | None = None,
+) -> tuple[TokenStream, TokenStream | None]:
+    """Load what a run trains on, and what it validates on (None where there is no validation file or no wish).
+
+    With `columns` only these of the sequences of each microbatch are read into memory. Validation takes at most
+    `val_tokens`, in whole batches of `microbatch_size` sequences.
+    Raises ValueError when a file is wrong (see `load_tokens`) or too short.
+    """
+    count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
+    load = load_tokens if columns is None else map_tokens
+    tokens = load(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
+    shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, columns)
+    path = folder / "validation.safetensors"
+    if train.val_tokens == 0 or not path.exists():
+        return train_stream, None
+    available = count_tokens(path) - train.start_val_token - 1  # the last one is a target only
+    per_batch = train.microbatch_size * model.context_length
+    batches = (available if train.val_tokens == -1 else min(train.val_tokens, available)) // per_batch
+    if batches < 1:
+        raise ValueError(
+            f"{path}: expected {per_batch:,} tokens and one more for a validation batch, got val_tokens="
+            f"{train.val_tokens:,} of {max(0, available):,} from start_val_token on; change them (0: no validation)"
+        )
+    tokens = load_tokens(path, model.vocab_size, train.start_val_token, batches * per_batch + 1)
+    return train_stream, TokenStream(
+        tokens, (1, train.microbatch_size, shape[-1]), train.objective, train.seed, shuffle=False
+    )
+
+
+def fingerprint(tokens: Any) -> str:
+    """Name the content of a token range: its length and the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    for first in range(0, tokens.size, CHECKED_AT_ONCE):
+        digest.update(np.asarray(tokens)[first : first + CHECKED_AT_ONCE].astype("<u2", copy=False).data)
+    return f"{tokens.size} tokens, sha256 {digest.hexdigest()}"
+
+
+def unigram_entropy(tokens: Any) -> float:
+    """Return the entropy of the token frequencies in nats: the loss of a model that knows nothing else.
+
+    Counts the first 50 million tokens.
+    """
+    counts = np.bincount(np.asarray(tokens[:ENTROPY_SAMPLE]))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,1 @@
+"""Text to token files: what prepare_data.py does."""

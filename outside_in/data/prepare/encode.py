@@ -1,0 +1,106 @@
+"""Documents on their way to tokens: in batches, on all cores, in the order in which they come."""
+
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from outside_in.data.prepare.documents import File, HubDataset, Reading
+from outside_in.data.tokenizer import END_OF_TEXT, encode_to_array
+
+Source = File | HubDataset
+
+BATCH_CHARACTERS = 2**17  # of documents that are tokenized together
+PIECE_CHARACTERS = 2**20  # of a long document, whose pieces are tokenized on several cores
+DIGEST_BYTES = 16
+BORDER = re.compile(r"\S \S")
+
+
+@dataclass
+class Batch:
+    """Documents on their way: their digests, and their tokens in pieces."""
+
+    source: int
+    bytes_read: int  # of the source, after them
+    characters: int
+    digests: list[bytes]
+    pieces: list[Future[list[np.ndarray]]]  # of several documents, or several of one
+
+    def documents(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        done = [future.result() for future in self.pieces]
+        arrays = done[0] if len(done) == 1 else [np.concatenate(list(chain.from_iterable(done)))]
+        return zip(self.digests, arrays, strict=True)
+
+
+def batches(
+    sources: list[Source], reading: Reading, pool: ThreadPoolExecutor, *, first: int, skip: int, special_tokens: bool
+) -> Iterator[Batch]:
+    """Hand the documents of sources to a pool, without the first `skip` ones of source number `first`."""
+
+    def submit(source: int, bytes_read: int, texts: list[str]) -> Batch:
+        pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
+        last = len(pieces) - 1
+        futures = [pool.submit(_tokenize, part, special_tokens, i == last) for i, part in enumerate(pieces)]
+        return Batch(source, bytes_read, sum(map(len, texts)), [_digest(text) for text in texts], futures)
+
+    for number in range(first, len(sources)):
+        texts: list[str] = []
+        characters = bytes_read = 0
+        for text, bytes_read in sources[number].documents(reading, skip if number == first else 0):
+            if len(text) > PIECE_CHARACTERS:
+                if texts:
+                    yield submit(number, bytes_read, texts)
+                yield submit(number, bytes_read, [text])
+                texts, characters = [], 0
+                continue
+            texts.append(text)
+            characters += len(text) + 100  # for very short ones
+            if characters > BATCH_CHARACTERS:
+                yield submit(number, bytes_read, texts)
+                texts, characters = [], 0
+        if texts:
+            yield submit(number, bytes_read, texts)
+
+
+def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:
+    """Encode texts, each followed by the end of a document unless it is the beginning of a longer one."""
+    arrays = [encode_to_array(text, special=special) for text in texts]
+    return [np.append(array, np.uint16(END_OF_TEXT)) for array in arrays] if is_end else arrays
+
+
+def ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
+    """Yield batches while later ones are being tokenized: a few pieces for each worker, of bounded size in all."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        while (
+            sum(len(each.pieces) for each in waiting) > 2 * workers
+            or sum(each.characters for each in waiting) > 2 * workers * PIECE_CHARACTERS
+        ):
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+def cut(text: str) -> list[str]:
+    """Cut a long text into pieces of about `PIECE_CHARACTERS`, where GPT-2's encoding has a border in any case.
+
+    That is before a space between two characters that are no spaces: a piece of GPT-2's pattern begins with it. Digits,
+    letters and signs around it do not matter.
+    """
+    pieces, start = [], 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        while end < len(text) and not BORDER.match(text, end - 1):
+            end += 1
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]

@@ -1,0 +1,350 @@
+"""From documents to token files: all cores tokenize, the order stays, and a stop at any place loses nothing.
+
+Everything is written into a folder beside the one asked for, which gets its name when it is complete. What is done is
+noted there every few seconds; a new start cuts the token files to that and goes on.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outside_in.config import read_json
+from outside_in.data.prepare import description
+from outside_in.data.prepare.description import DESCRIPTION, SPLITS
+from outside_in.data.prepare.documents import File, Reading
+from outside_in.data.prepare.encode import Batch, Source, ahead, batches
+from outside_in.data.prepare.seen import SeenDocuments
+from outside_in.data.token_files import TokenWriter, shuffle_documents
+from outside_in.storage.atomic import sync
+
+NOTE, LOCK = "progress.json", "lock"
+SECONDS_BETWEEN_NOTES = 10
+BYTES_PER_TOKEN = 4.5  # of English
+COMPRESSION = 3.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides, with the sources, which tokens come out."""
+
+    reading: Reading
+    validation: float = 0.01  # share of documents
+    limit_tokens: int | None = None
+    shuffle: bool = False
+    deduplicate: bool = False
+    special_tokens: bool = False
+    seed: int = 42
+
+
+@dataclass
+class Progress:
+    """How far a preparation is: what is on the disk, and which documents come next."""
+
+    command: dict[str, Any]
+    source: int = 0  # the one that is being read
+    documents_of_source: int = 0  # that are done
+    documents: int = 0  # that are done, of all sources, dropped ones included
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    per_source: list[dict[str, int]] = field(default_factory=list)
+    duplicates: int = 0
+    all_read: bool = False
+
+
+class Preparation:
+    """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
+
+    def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
+        _check_place(out, overwrite)
+        self.out, self.options = out, options
+        self.folder = out.with_name(f".preparing-{out.name}")
+        self.sources = [_pinned(source, self.folder / NOTE) for source in sources]
+        self.command = {
+            "options": asdict(options),
+            "sources": [{"name": source.name, "version": source.version} for source in self.sources],
+        }
+        if not self.folder.exists():
+            _check_space(out, self.sources, options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        self._seen: SeenDocuments | None = None
+        self.writers: dict[str, TokenWriter] = {}
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.folder / NOTE).exists():
+                self._wipe()  # what was not noted yet
+            try:
+                self._go_on()
+            except ValueError:
+                if not overwrite:
+                    raise
+                self._wipe()
+                self._go_on()
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _wipe(self) -> None:
+        """Forget what was done: the note of it first, since the others mean nothing without it."""
+        for file in (*self.writers.values(), self._seen):
+            if file:
+                file.close()
+        (self.folder / NOTE).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+
+    def _go_on(self) -> None:
+        """See how far an earlier process has come, and cut the token files to that; raises ValueError if impossible."""
+        self.progress = Progress(self.command)
+        if (self.folder / NOTE).exists():
+            try:
+                self.progress = Progress(**read_json(self.folder / NOTE, description.LARGEST_BYTES))
+            except TypeError:
+                raise ValueError(f"{self.out}: was begun by another version; start anew with --overwrite") from None
+        if self.progress.command != self.command:
+            raise ValueError(
+                f"{self.out}: was begun with other {_difference(self.progress.command, self.command)}; "
+                "type the same command again, or start anew with --overwrite"
+            )
+        self.goes_on = self.progress.documents > 0
+        self.splits = SPLITS if self.options.validation else SPLITS[:1]
+        self._noted = time.monotonic()
+        if (self.folder / DESCRIPTION).exists():  # it only lacks its name
+            return
+        for split in self.splits:
+            growing, finished = self.folder / f"{split}.tokens", self.folder / f"{split}.safetensors"
+            if finished.exists() and not growing.exists():
+                finished.rename(growing)
+            self.writers[split] = TokenWriter(growing, self.progress.tokens[split])
+        if self.options.deduplicate:
+            self._seen = SeenDocuments(self.folder / "seen.sqlite")
+
+    def close(self) -> None:
+        """Leave the folder to others, as it is."""
+        for file in (*self.writers.values(), self._seen, self._lock):
+            if file:
+                file.close()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(writer.num_tokens for writer in self.writers.values())
+
+    def read(self, workers: int, should_stop: Callable[[], bool], show: Callable[[int, "Preparation"], None]) -> None:
+        """Tokenize the documents that are left, until all are done, the limit is reached, or a stop is asked for.
+
+        `show` is told after each batch how many bytes of the present source have been read.
+        """
+        if self.progress.all_read:
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                coming = batches(
+                    self.sources,
+                    self.options.reading,
+                    pool,
+                    first=self.progress.source,
+                    skip=self.progress.documents_of_source,
+                    special_tokens=self.options.special_tokens,
+                )
+                for batch in ahead(coming, workers):
+                    if should_stop():
+                        break
+                    if self._is_full() or not self._write(batch):
+                        self.progress.all_read = True
+                        break
+                    show(batch.bytes_read, self)
+                    if time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
+                        self.note()
+                else:
+                    self.progress.all_read = True
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self.note()
+
+    def _is_full(self) -> bool:
+        return self.options.limit_tokens is not None and self.num_tokens >= self.options.limit_tokens
+
+    def _write(self, batch: Batch) -> bool:
+        """Append a batch's documents; return whether there was room for all of them."""
+        progress = self.progress
+        if batch.source != progress.source:
+            progress.source, progress.documents_of_source = batch.source, 0
+        while len(progress.per_source) <= batch.source:
+            progress.per_source.append({"documents": 0, "tokens": 0})
+        of_source = progress.per_source[batch.source]
+        try:
+            documents = batch.documents()
+        except ValueError as error:
+            first, last = progress.documents_of_source + 1, progress.documents_of_source + len(batch.digests)
+            where = f"{self.sources[batch.source].name}: one of documents {first:,} to {last:,}"
+            raise ValueError(f"{where} cannot be tokenized ({error}); leave it out") from error
+        for digest, tokens in documents:
+            if self._is_full():
+                return False
+            if self._seen and not self._seen.add(digest, progress.documents):
+                progress.duplicates += 1
+            else:
+                self.writers[self._split_of(digest)].append(tokens)
+                of_source["documents"] += 1
+                of_source["tokens"] += len(tokens)
+            progress.documents += 1
+            progress.documents_of_source += 1
+        return True
+
+    def _split_of(self, digest: bytes) -> str:
+        """Choose by the text alone: equal documents stay together, whatever else comes and in which order."""
+        place = hashlib.blake2b(digest, digest_size=8, salt=self.options.seed.to_bytes(8, "little")).digest()
+        return "validation" if int.from_bytes(place, "little") < self.options.validation * 2**64 else "train"
+
+    def note(self) -> None:
+        """Write down how far it is, after what it tells of is safely on the disk."""
+        for split, writer in self.writers.items():
+            writer.sync()
+            self.progress.tokens[split] = writer.num_tokens
+        if self._seen:
+            self._seen.commit()
+        _write_json(self.folder / NOTE, asdict(self.progress))
+        self._noted = time.monotonic()
+
+    def finish(self, say: Callable[[str], None], show: Callable[[int], None]) -> dict[str, Any]:
+        """Complete the token files and `data.json`, and give the folder its name; returns what `data.json` says.
+
+        `show` is told how many training tokens have been searched for validation text. Raises ValueError when a split
+        would be empty.
+        """
+        if not (self.folder / DESCRIPTION).exists():
+            self._complete(say, show)
+        for path in self.folder.iterdir():
+            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, NOTE, LOCK):
+                path.unlink()
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.folder.rename(self.out)
+        for name in (NOTE, LOCK):
+            (self.out / name).unlink()
+        sync(self.out.parent)
+        return read_json(self.out / DESCRIPTION, description.LARGEST_BYTES)
+
+    def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
+        for split, writer in self.writers.items():
+            if not writer.num_tokens:
+                count = sum(source["documents"] for source in self.progress.per_source)
+                shutil.rmtree(self.folder)  # the same command could not go on either
+                raise ValueError(
+                    f"{self.out}: none of {count:,} document(s) fell into {split}; use --validation "
+                    f"{min(50, -(-300 // max(1, count)))}% for so few, cut the text into more with --separator, or use "
+                    "--validation 0"
+                )
+        if self._seen:
+            self._seen.close()
+        for split, writer in self.writers.items():
+            writer.finish()
+            finished = self.folder / f"{split}.safetensors"
+            if self.options.shuffle:
+                say(f"shuffling the documents of {split}")
+                shuffle_documents(writer.path, finished, self.options.seed)
+            else:
+                writer.path.rename(finished)
+        say("hashing sources, counting tokens, looking for validation text in the training text")
+        _write_json(self.folder / DESCRIPTION, self._describe(show))
+
+    def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
+        paths = {split: self.folder / f"{split}.safetensors" for split in self.splits}
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(_sha256, self.sources))
+        counts = self.progress.per_source  # a limit may have left the last sources out
+        total = sum(source["tokens"] for source in counts)
+        sources = [
+            {"name": source.name, "revision": source.revision, "size_bytes": source.size_bytes, "sha256": sha256}
+            | count
+            | {"share": count["tokens"] / total}
+            for source, sha256, count in zip(self.sources, hashes, counts)
+        ]
+        return {
+            "format": 1,
+            "sources": sources,
+            "splits": {split: description.describe_split(path) for split, path in paths.items()},
+            "tokenizer": "gpt2",
+            "seed": self.options.seed,
+            "options": asdict(self.options),
+            "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
+            "leakage": description.leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
+        }
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a folder of token files may be made here; what is not one is never replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
+    ours = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, NOTE, LOCK}
+    if others := sorted({path.name for path in out.iterdir()} - ours):
+        raise ValueError(f"{out}: is there already, and holds other things, such as {others[0]!r}; use another name")
+    if not overwrite:
+        raise ValueError(f"{out}: is there already; use --overwrite, or another name")
+
+
+def _pinned(source: Source, note: Path) -> Source:
+    """Fix the revision of a Hub dataset: the one that was begun with, else the newest."""
+    if isinstance(source, File):
+        return source
+    try:
+        noted = read_json(note, description.LARGEST_BYTES)["command"]["sources"]
+        versions = {each["name"]: each["version"] for each in noted}
+    except (ValueError, KeyError, TypeError):
+        versions = {}
+    return source.at(versions[source.name]) if source.name in versions else source.at(source.newest_revision())
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if old["sources"] != new["sources"]:
+        return "sources (or they have changed since)"
+    changed = [key for key in new["options"] if old["options"].get(key) != new["options"][key]]
+    return f"options ({', '.join(changed)})"
+
+
+def _check_space(out: Path, sources: list[Source], options: Options) -> None:
+    """Raise ValueError when the disk has clearly too little room."""
+    text_bytes = sum(
+        (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
+        for source in sources
+    )
+    tokens = min(text_bytes / BYTES_PER_TOKEN, options.limit_tokens or float("inf"))
+    needed = 2 * tokens * (2 if options.shuffle else 1)
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: expected about {needed / 2**30:.2f} GiB of space, got {free / 2**30:.2f} GiB; free some, take "
+            "another disk, or use --limit-tokens"
+        )
+
+
+def _sha256(source: Source) -> str | None:
+    if not isinstance(source, File):
+        return None
+    with source.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)

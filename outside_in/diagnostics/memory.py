@@ -1,0 +1,130 @@
+"""Does it fit? What the training step needs by XLA's own account, against what the device has."""
+
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from model import GPTModel, create_model
+from outside_in.config import MEMORY_BYTES, ModelConfig, TrainConfig
+from outside_in.data.loader import Batch
+from outside_in.diagnostics.preflight import GIB
+from outside_in.optimizer import make_optimizer
+from outside_in.runtime.cli import is_out_of_device_memory
+from outside_in.runtime.mesh import array_shardings, make_mesh
+from outside_in.train_step import Compiled, compile_train_step
+
+
+def bytes_available() -> float:
+    """Return how much memory JAX may use on the device (on a CPU the machine's); infinity when it does not say."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return MEMORY_BYTES
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> str:
+    """Say what a compiled step needs; raises ValueError, with what would fit, when the device does not have it."""
+    if step.bytes_needed > bytes_available():
+        raise ValueError(advice(model_config, config))
+    return f"memory  the compiled step needs {gib(step.bytes_needed)} of the device's {gib(bytes_available())}"
+
+
+def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
+    """Return a line for every `microbatch_size` that was tried, and what to write for the largest that fits.
+
+    Raises ValueError when none fits.
+    """
+    found, needs = largest_microbatch(model_config, config)
+    if found is None:
+        raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
+    tried = [f"microbatch_size {size:,}: {gib(need)} of {gib(bytes_available())}" for size, need in needs.items()]
+    return [*tried, as_json(found)]
+
+
+def advice(model_config: ModelConfig, config: TrainConfig, complaint: str = "") -> str:
+    """Say that a run does not fit, and the largest `microbatch_size` that does at the same tokens per global step.
+
+    `complaint` is what XLA said, if it was XLA that found out.
+    """
+    found, needs = largest_microbatch(model_config, config, config.microbatch_size)
+    line = f"out of memory: a step needs {gib(needs[config.microbatch_size])}, the device has {gib(bytes_available())}"
+    if found is None:
+        return f"{line}; not even microbatch_size 1 fits, which needs {gib(needs[1])}: use a smaller model"
+    if found == config:
+        return f"{line}, so does another program use it? XLA said: {' '.join(complaint.split())[:200]}"
+    return f"{line}; the largest that fits, at the same tokens per step, is {as_json(found)}"
+
+
+def largest_microbatch(
+    model_config: ModelConfig, config: TrainConfig, limit: int | None = None
+) -> tuple[TrainConfig | None, dict[int, float]]:
+    """Find the largest `microbatch_size` (up to `limit`) whose step fits, at the same tokens per global step.
+
+    Compiles for shapes alone, the largest first. Returns the config with it (None: nothing fits), and the bytes that
+    each size needs which was tried: infinity where already compiling took too much.
+    """
+    sequences = config.microbatch_size * config.gradient_accumulation_steps
+    needs: dict[int, float] = {}
+    for size in range(limit or sequences, 0, -1):
+        if sequences % size == 0:
+            smaller = with_microbatch(config, size)
+            needs[size] = bytes_needed(model_config, smaller)
+            if needs[size] <= bytes_available():
+                return smaller, needs
+    return None, needs
+
+
+def as_json(config: TrainConfig) -> str:
+    """Return the keys of `train.json` that say how the sequences of a global step are divided."""
+    keys = ["microbatch_size", "gradient_accumulation_steps"] + ["microbatches_per_call"] * bool(
+        config.microbatches_per_call
+    )
+    return ", ".join(f'"{key}": {getattr(config, key)}' for key in keys)
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if math.isfinite(count) else "an unknown amount"
+
+
+def with_microbatch(config: TrainConfig, size: int) -> TrainConfig:
+    """Return the config with another `microbatch_size` and the same sequences per global step."""
+    accumulated = config.microbatch_size * config.gradient_accumulation_steps // size
+    per_call = config.microbatches_per_call and math.gcd(config.microbatches_per_call, accumulated)
+    changes = {"gradient_accumulation_steps": accumulated, "microbatches_per_call": per_call}
+    return config.model_copy(update={"microbatch_size": size} | changes)
+
+
+def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
+    """Compile the training step of a run that need not exist, and return what the device must hold while it runs.
+
+    Infinity when compiling itself, which tries products out on a GPU, runs out of memory.
+    """
+
+    def build() -> tuple[GPTModel, nnx.Optimizer]:
+        model = create_model(model_config, 0, config.drop_rate, config.precision, config.loss_rows_per_chunk)
+        return model, make_optimizer(model, config, total_steps=1)
+
+    mesh = make_mesh(config.mesh)
+    model, optimizer = nnx.eval_shape(build)
+    for module in (model, optimizer):
+        state = nnx.state(module)
+        nnx.update(module, jax.tree.map(_abstract, state, array_shardings(state, mesh)))
+    per_call = config.gradient_accumulation_steps // config.calls_per_step
+    sequences = config.microbatch_size * mesh.devices.size
+    tokens = jax.ShapeDtypeStruct((per_call, sequences, model_config.context_length), np.uint16)
+    wishes = jax.ShapeDtypeStruct((mesh.devices.size,), np.uint32)
+    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32), wishes)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        return compile_train_step(model, optimizer, batch, key, config, mesh).bytes_needed
+    except Exception as error:
+        if is_out_of_device_memory(error):
+            return math.inf
+        raise
+
+
+def _abstract(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -1,0 +1,149 @@
+"""What one reaches for when training misbehaves: parameter hashes, sanity lines, what is known of a rejected update."""
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from outside_in.runtime.processes import fetch
+from outside_in.storage.metrics import finite
+from outside_in.weights import named_arrays
+
+FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
+NORM_SCALE = 2.0**-100  # squares of what float32 can hold, times this, can be added up in float32
+
+
+def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
+    """Hash every parameter that a shell's pattern matches: dot-joined name → 16 hex digits of BLAKE2.
+
+    The hashes are the same on every machine. Raises ValueError when the pattern matches nothing.
+    """
+    arrays = fetch(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
+    return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
+
+
+def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    """Return what a shell's pattern matches, by name. Raises ValueError when that is nothing."""
+    names = fnmatch.filter(by_name, pattern)
+    if not names:
+        raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(by_name)[:500]}")
+    return {name: by_name[name] for name in names}
+
+
+def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Show the hashes after a global step; what did not change is marked."""
+    shown = (f"{name} {digest}{' (unchanged)' * (before.get(name) == digest)}" for name, digest in after.items())
+    return f"step {global_step:,}: {', '.join(shown)}"
+
+
+def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], matrices: Collection[str]) -> None:
+    """Raise RuntimeError when hashes show that no parameter changed, or none of the matrices.
+
+    Biases begin at 0, which float32 leaves by however small an update.
+    """
+    changed = {name for name in before if before[name] != after[name]}
+    if not changed or (matrices and changed.isdisjoint(matrices)):
+        what = "no matrix, only " + ", ".join(sorted(changed)[:3]) if changed else "no parameter"
+        raise RuntimeError(
+            f"the first update changed {what}; usual causes: a mutating step under jax.jit instead of nnx.jit, "
+            "learning_rate 0 or too small for float32, gradients that are all zero"
+        )
+
+
+def first_loss_line(loss: float, vocab_size: int) -> str:
+    """Compare the first loss with that of a uniform guess."""
+    uniform = math.log(vocab_size)
+    line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
+    if math.isnan(loss):
+        causes = "a parameter or a product is not finite from the start: --debug-checks says where"
+    elif loss > uniform + FARTHEST:
+        causes = "weights that start too large, or a loss that is a sum instead of a mean"
+    elif loss < uniform - FARTHEST:
+        causes = "targets that are the inputs (objective), a mask that lets positions see what follows, or padding"
+    else:
+        return line
+    return f"{line}; WARNING: they should be close; likely causes: {causes}"
+
+
+def describe_rejection(
+    global_step: int,
+    evidence: Sequence[Mapping[str, np.ndarray]],
+    names: Sequence[str],
+    backward_order: Sequence[str],
+    bad_parameters: Sequence[str],
+    positions_KB: np.ndarray,
+) -> dict[str, Any]:
+    """Return what is known of a rejected update, as JSON: which microbatch, which gradient, which tokens.
+
+    Takes the `steps.evidence` of every compiled call with the parameters' names in its order, these names in the order
+    of the backward pass, the parameters that were not finite themselves, and the index in the token file of every
+    sequence's first token.
+    """
+    losses = [finite(loss) for call in evidence for loss in call["losses"].tolist()]
+    norms_AP = np.stack([call["gradient_norms"] for call in evidence]).astype(np.float64)
+    scaled_AP = np.stack([call["scaled_norms"] for call in evidence]).astype(np.float64)
+    norms_AP = np.where(np.isfinite(norms_AP), norms_AP, scaled_AP / NORM_SCALE)
+    bad = {name for name, norms in zip(names, norms_AP.T) if not np.isfinite(norms).all()}
+    largest = None if bad else names[int(norms_AP.max(axis=0).argmax())]
+    return {
+        "global_step": global_step,
+        "reason": "a gradient is not finite" if bad else "the norm of the gradient overflows float32",
+        "first_loss_not_finite": next((number for number, loss in enumerate(losses) if loss is None), None),
+        "first_gradient_not_finite": next((name for name in backward_order if name in bad), None),
+        "largest_gradient": largest,
+        "parameters_not_finite": list(bad_parameters),
+        "microbatches": [
+            {"loss": loss, "first_tokens": positions.tolist()} for loss, positions in zip(losses, positions_KB)
+        ],
+        "gradient_norms_of_each_call": {
+            name: [finite(norm) for norm in of_calls] for name, of_calls in zip(names, norms_AP.T.tolist())
+        },
+    }
+
+
+def array_table(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> list[str]:
+    """Return the lines of a Markdown table of arrays: shape, norm, mean, deviation, share of zeros, not finite.
+
+    With `others`, also how far each is from its namesake, relative to its own norm.
+    """
+    names = ["parameter", "shape", "norm", "mean", "deviation", "zeros", "not finite"] + ["change"] * (
+        others is not None
+    )
+    rows = [names, ["---", "---", *["---:"] * (len(names) - 2)]]
+    for name in sorted(arrays.keys() | (others or {}).keys(), key=_by_numbers):
+        row = [name, *_statistics(arrays[name])] if name in arrays else [name, "missing", *["–"] * 5]
+        if others is not None:
+            row.append(_change(arrays.get(name), others.get(name)))
+        rows.append(row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]  # block 9 before block 10
+
+
+def _statistics(array: np.ndarray) -> list[str]:
+    values = np.asarray(array, np.float64)
+    good = values[np.isfinite(values)]
+    numbers = (np.linalg.norm(good), good.mean(), good.std()) if good.size else (math.nan,) * 3
+    shape = " × ".join(map(str, array.shape)) or "scalar"
+    return [
+        shape,
+        *(f"{number:.4g}" for number in numbers),
+        f"{np.mean(values == 0):.2%}",
+        f"{values.size - good.size:,}",
+    ]
+
+
+def _change(array: np.ndarray | None, other: np.ndarray | None) -> str:
+    if array is None or other is None:
+        return "only in one"
+    if array.shape != other.shape:
+        return "other shape"
+    with np.errstate(all="ignore"):
+        old, new = np.asarray(array, np.float64), np.asarray(other, np.float64)
+        return f"{np.linalg.norm(new - old) / np.linalg.norm(old):.4g}" if (old != new).any() else "0"

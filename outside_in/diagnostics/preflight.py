@@ -1,0 +1,94 @@
+"""What a run will be and what it will need, from its configs alone, before anything is fetched or compiled."""
+
+import math
+import re
+import shutil
+
+from jax.sharding import Mesh
+
+from model import parameter_shapes
+from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from outside_in.loss import chunk_size
+from outside_in.optimizer import MATRIX_NDIM
+from outside_in.reports.flops import FORMULA, flops_per_token
+from outside_in.runtime.mesh import FSDP, describe_mesh, one_device
+from outside_in.storage.run_directory import RunDirectory
+
+GIB = 2**30
+BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
+
+
+def describe(
+    run: RunDirectory,
+    model: ModelConfig,
+    train: TrainConfig,
+    available_tokens: int | None,
+    leaked_share: float | None = None,
+    mesh: Mesh | None = None,
+) -> list[str]:
+    """Return the preflight, a line per subject.
+
+    `available_tokens` is None when the data are not there yet, `leaked_share` (of validation that occurs in training)
+    when their `data.json` does not say.
+    """
+    mesh = mesh or one_device()
+    devices = mesh.devices.size
+    shapes = parameter_shapes(model)
+    parameters = sum(map(math.prod, shapes.values()))
+    tokens_per_step = tokens_per_global_step(model, train, devices)
+    steps = steps_per_epoch(model, train, available_tokens, devices)
+    on_each = f" on each of {devices} devices" if devices > 1 else ""
+    lines = [
+        f"model   {parameters:,} parameters: {model.n_layers} layers, {model.n_heads} heads, "
+        f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
+        f"step    {tokens_per_step:,} tokens: {train.gradient_accumulation_steps} microbatches of "
+        f"{train.microbatch_size} sequences{on_each}, in {train.calls_per_step} compiled call(s), {train.precision}",
+        *describe_mesh({BLOCK.sub("blocks.*.", name): shape for name, shape in shapes.items()}, mesh),
+    ]
+    if steps is None:
+        lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {train.epochs} epoch(s)")
+    else:
+        tokens = steps * train.epochs * tokens_per_step
+        lines.append(
+            f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
+            f"{tokens / parameters:.3g} tokens per parameter"
+        )
+    min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
+    decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
+    lines.append(f"decay   {train.weight_decay:g} of {decaying:,} of {parameters:,} parameters")
+    if train.initial_weights is not None:
+        lines.append(f"origin  the weights in {train.initial_weights}")
+    if leaked_share is not None:
+        lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, by data.json")
+    lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
+    lines.append(_memory(model, train, parameters, mesh.shape[FSDP]))
+    lines.append(_disk(run, train, parameters))
+    return lines + [f"WARNING {warning}" for warning in model.warnings()]
+
+
+def _memory(model: ModelConfig, train: TrainConfig, parameters: int, fsdp: int) -> str:
+    """Estimate a device's memory: the state exactly, the activations of a microbatch as an upper guess."""
+    spread = 3 + (train.microbatches_per_call is not None)  # parameters, two moments; MultiSteps' accumulator
+    copies = 1 + spread / fsdp + (fsdp > 1)  # and whole: the gradient, and what is gathered of the parameters
+    copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean
+    positions = train.microbatch_size * model.context_length
+    rows = min(positions, chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
+    logits = 2 * 4 * rows * model.vocab_size  # float32 logits and their gradient, a chunk at a time
+    weights = model.n_heads * model.context_length if train.drop_rate else 0  # of attention: kept if some are dropped
+    per_layer = 4 * positions * (16 * model.emb_dim + weights)
+    state, activations = 4 * copies * parameters, logits + model.n_layers * per_layer
+    return (
+        f"memory  about {(state + activations) / GIB:.2f} GiB: {state / GIB:.2f} parameters, moments and gradients, "
+        f"{activations / GIB:.2f} logits and activations"
+    )
+
+
+def _disk(run: RunDirectory, train: TrainConfig, parameters: int) -> str:
+    copies = 3 + (train.microbatches_per_call is not None)  # as above, without the gradient
+    checkpoint = 4 * copies * parameters
+    free = shutil.disk_usage(run.path).free
+    if train.keep_checkpoints is None:
+        return f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, all are kept; {free / GIB:.1f} GiB free"
+    needed = checkpoint * (train.keep_checkpoints + 2)  # the best one, and the one being written
+    line = f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, at most {needed / GIB:.2f} GiB; {free / GIB:.1f} GiB free"
+    return line if needed < free else f"{line}: WARNING: that is not enough"

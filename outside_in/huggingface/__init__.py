@@ -1,0 +1,1 @@
+"""GPT-2's weights in Hugging Face's form."""

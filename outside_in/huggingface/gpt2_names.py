@@ -1,0 +1,190 @@
+"""GPT-2's weights and shape under Hugging Face's names and under ours: one table, read both ways.
+
+The names are those of `transformers.GPT2LMHeadModel`. Its linear layers are stored as (in, out), as ours are, with
+queries, keys and values side by side in one matrix, as ours are: arrays are renamed, and none is transposed or split.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from outside_in.config import ModelConfig, parse_config
+
+# Ours, theirs, and the axes: V vocabulary, T context, D embedding, and multiples of D.
+TABLE = (
+    ("token_embedding.embedding", "wte.weight", "V D"),
+    ("position_embedding.embedding", "wpe.weight", "T D"),
+    ("output_norm.scale", "ln_f.weight", "D"),
+    ("output_norm.bias", "ln_f.bias", "D"),
+    ("head.embedding", "lm_head.weight", "V D"),
+)
+TABLE_OF_A_BLOCK = (
+    ("attention_norm.scale", "ln_1.weight", "D"),
+    ("attention_norm.bias", "ln_1.bias", "D"),
+    ("attention.query_key_value.kernel", "attn.c_attn.weight", "D 3D"),
+    ("attention.query_key_value.bias", "attn.c_attn.bias", "3D"),
+    ("attention.output.kernel", "attn.c_proj.weight", "D D"),
+    ("attention.output.bias", "attn.c_proj.bias", "D"),
+    ("feed_forward_norm.scale", "ln_2.weight", "D"),
+    ("feed_forward_norm.bias", "ln_2.bias", "D"),
+    ("feed_forward.expand.kernel", "mlp.c_fc.weight", "D 4D"),
+    ("feed_forward.expand.bias", "mlp.c_fc.bias", "4D"),
+    ("feed_forward.project.kernel", "mlp.c_proj.weight", "4D D"),
+    ("feed_forward.project.bias", "mlp.c_proj.bias", "D"),
+)
+PREFIX, HEAD = "transformer.", "lm_head.weight"  # the prefix is left out in OpenAI's own files
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer that older files hold: no weight
+BIASES = {"qkv_bias": "attention.query_key_value.bias", "attention_output_bias": "attention.output.bias"}
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
+COMPUTED = {  # what the options of a GPT2Config may be, of those that change the numbers; the first is its default
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+MOST_SHOWN = 12  # mismatches in one line
+
+
+def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
+    """Return the shape that a `config.json` of Hugging Face describes; `source` names it in errors.
+
+    Raises ValueError when it is another architecture, or says something that we do not compute.
+    """
+    if theirs.get("model_type") != "gpt2":
+        found = theirs.get("model_type") or theirs.get("architectures") or "no model_type"
+        raise ValueError(f"{source}: expected model_type 'gpt2', got {str(found)[:60]!r}; only GPT-2's can be imported")
+    shape = {ours: theirs.get(name) for ours, name in SHAPE.items()}
+    shape |= {"qkv_bias": True, "tied_head": theirs.get("tie_word_embeddings", True)}
+    try:
+        config = parse_config(json.dumps(shape), ModelConfig, source)
+    except ValueError as error:
+        told = str(error)
+        for ours, name in (*SHAPE.items(), ("tied_head", "tie_word_embeddings")):
+            told = told.replace(ours, name)
+        raise ValueError(told) from None
+    options = COMPUTED | {"n_inner": (None, 4 * config.emb_dim)}
+    complaints = [
+        f"{option}={json.dumps(theirs[option])}, expected {' or '.join(map(json.dumps, values))}"
+        for option, values in options.items()
+        if theirs.get(option, values[0]) not in values
+    ]
+    if complaints:
+        raise ValueError(f"{source}: not a model that we compute: {'; '.join(complaints)[:1000]}")
+    return config
+
+
+def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
+    """Return the `config.json` of a model for Hugging Face.
+
+    Raises ValueError when the model has a switch that GPT-2 does not have.
+    """
+    missing = ("position_embedding", "pre_norm", "shortcut", "feed_forward", "output_norm")
+    refused = [f"{switch}=false" for switch in missing if not getattr(config, switch)]
+    refused += ["n_layers=0"] if config.n_layers == 0 else []
+    if refused:
+        raise ValueError(f"not a GPT-2, so it cannot be exported: its model.json says {', '.join(refused)}")
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        **{option: values[0] for option, values in COMPUTED.items()},
+        "n_inner": None,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "torch_dtype": "float32",
+    }
+
+
+def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a model under our names, float32, for anything with `shape` under theirs.
+
+    Raises ValueError that names all that is missing, unknown, or of another shape, before anything is read.
+    """
+    short: dict[str, Any] = {}
+    complaints = []
+    for name, array in theirs.items():
+        key = name.removeprefix(PREFIX)
+        if key in short:
+            complaints.append(f"{key} comes twice, with and without {PREFIX!r}")
+        if not MASK.fullmatch(key):
+            short[key] = array
+    head = short.pop(HEAD, None) if config.tied_head else None  # then it is the token embedding once more
+    expected = _names(config)
+    complaints += [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
+    complaints += [f"{name[:100]!r} is unknown" for name in sorted(short.keys() - expected.keys())]
+    for name in sorted(expected.keys() & short.keys()):
+        shape, found = expected[name][1], tuple(short[name].shape)
+        if found != shape:
+            complaints.append(f"{name} is {list(found)}, expected {list(shape)}")
+        elif str(short[name].dtype) not in FLOATS:
+            complaints.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
+    if complaints:
+        more = f"; and {len(complaints) - MOST_SHOWN} more" if len(complaints) > MOST_SHOWN else ""
+        raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MOST_SHOWN])}{more}")
+    arrays = {ours: _single(short[name], f"{source}: {name}") for name, (ours, _) in expected.items()}
+    if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
+        raise ValueError(f"{source}: {HEAD} is not wte.weight, but config.json says that they are tied")
+    return arrays
+
+
+def _single(array: Any, source: str) -> np.ndarray:
+    """Read an array as float32; raises ValueError when a number is too large for it."""
+    with np.errstate(over="ignore"):
+        single = np.asarray(array).astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ValueError(f"{source}: expected finite float32 numbers, got others")
+    return single
+
+
+def export_weights(ours: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Return a model's arrays under Hugging Face's names; biases that it does not have are zeros, as GPT-2 has them.
+
+    Raises ValueError that names an array that GPT-2 does not have.
+    """
+    if unknown := sorted(ours.keys() - {name for name, _ in _names(config).values()}):
+        raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported as one")
+    lacking = tuple(bias for switch, bias in BIASES.items() if not getattr(config, switch))
+    return {
+        theirs if theirs == HEAD else PREFIX + theirs: np.zeros(shape, np.float32)
+        if name.endswith(lacking)
+        else ours[name]
+        for theirs, (name, shape) in _names(config).items()
+    }
+
+
+def without_zero_biases(
+    arrays: Mapping[str, np.ndarray], config: ModelConfig, original: ModelConfig
+) -> tuple[dict[str, np.ndarray], ModelConfig]:
+    """Take back what `export_weights` has added to a model, `original`: the biases that it does not have."""
+    for switch, bias in BIASES.items():
+        names = [name for name in arrays if name.endswith(bias)]
+        if not getattr(original, switch) and not any(arrays[name].any() for name in names):
+            arrays = {name: array for name, array in arrays.items() if name not in names}
+            config = config.model_copy(update={switch: False})
+    return dict(arrays), config
+
+
+def _names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the arrays of a GPT-2 by their names, without the prefix: our name, and the shape."""
+    width = config.emb_dim
+    sizes = {"V": config.vocab_size, "T": config.context_length, "D": width, "3D": 3 * width, "4D": 4 * width}
+    rows = [row for row in TABLE if not (config.tied_head and row[1] == HEAD)]
+    for layer in range(config.n_layers):
+        rows += [(f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}", axes) for ours, theirs, axes in TABLE_OF_A_BLOCK]
+    return {theirs: (ours, tuple(sizes[axis] for axis in axes.split())) for ours, theirs, axes in rows}

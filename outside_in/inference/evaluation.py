@@ -1,0 +1,143 @@
+"""Losses of held-out tokens: their mean while a run trains, and each on its own when models are judged."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model import GPTModel
+from outside_in.data.loader import TokenStream
+from outside_in.runtime.mesh import AXES, one_device
+from outside_in.runtime.processes import put
+from outside_in.train_step import Compiled, compile_eval_step, eval_step
+
+
+def compile_for(model: GPTModel, stream: TokenStream, mesh: Mesh) -> Compiled:
+    """Compile the evaluation step for the batches of a stream, for those who average the loss again and again."""
+    return compile_eval_step(model, *_batch(stream, 0, mesh)[0], mesh)
+
+
+def mean_loss(
+    model: GPTModel,
+    stream: TokenStream,
+    stop: Callable[[], bool] = lambda: False,
+    step: Callable[..., jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> float | None:
+    """Average `model.loss` over every whole batch of a token stream; None when `stop` became true.
+
+    A batch of the stream is that of one device; `step` is what `compile_for` has compiled.
+    """
+    mesh = mesh or one_device()
+    step = step or partial(eval_step, mesh=mesh)
+    losses, counts = [], []
+    for number in range(0, stream.num_steps, mesh.devices.size):
+        jax.block_until_ready(losses[:-1])  # not far ahead of the device, so that a stop is heard
+        if stop():
+            return None
+        batch, count = _batch(stream, number, mesh)
+        losses.append(step(model, *batch))
+        counts.append(count)
+    known = [of_batch[:count] for of_batch, count in zip(jax.device_get(losses), counts)]
+    return float(np.concatenate(known).mean(dtype=np.float64))
+
+
+def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array, jax.Array], int]:
+    """Put a batch for each device in its place, the stream's from `first` on; also say how many there are.
+
+    Where the stream has ended, zeros follow.
+    """
+    devices = mesh.devices.size
+    batches = [stream.batch(number) for number in range(first, min(first + devices, stream.num_steps))]
+    inputs_MT, targets_MT = (
+        np.concatenate([part.reshape(-1, part.shape[-1]) for part in side]) for side in zip(*batches)
+    )
+    padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    inputs, targets = (put(array, sharding) for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding)))
+    return (inputs, targets), len(batches)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_token_losses(
+    graph: nnx.GraphDef, state: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    return nnx.merge(graph, state).token_losses(inputs_BT, targets_BT)
+
+
+def _token_losses(model: GPTModel, tokens_BT: np.ndarray) -> jax.Array:
+    """Return the loss of every token but the first of each row."""
+    return _compiled_token_losses(*nnx.split(model), *jax.device_put((tokens_BT[:, :-1], tokens_BT[:, 1:])))
+
+
+def num_windows(num_targets: int, length: int, stride: int) -> int:
+    """Count the windows of `length` positions, each `stride` after the one before, that it takes to reach the end."""
+    return 1 + max(0, -(-(num_targets - length) // stride))
+
+
+def windowed_losses(
+    model: GPTModel, tokens: np.ndarray, *, stride: int | None = None, windows_per_batch: int = 8
+) -> Iterator[np.ndarray]:
+    """Yield the losses of all tokens but the first, in their order, a batch of windows at a time.
+
+    A window is as long as the model's context. Without `stride` windows follow one another; with it each begins so many
+    tokens after the one before, and only what that has not seen is counted: every token but those of the first window
+    then has at least context - stride tokens before it.
+    """
+    length, num_targets = model.config.context_length, len(tokens) - 1
+    stride = stride or length
+    starts = [number * stride for number in range(num_windows(num_targets, length, stride))]
+
+    def counted(losses_BT: jax.Array, batch: list[int]) -> np.ndarray:
+        return np.concatenate(
+            [
+                losses[length - stride if start else 0 : min(length, num_targets - start)]
+                for losses, start in zip(np.asarray(losses_BT), batch)
+            ]
+        )
+
+    waiting: tuple[jax.Array, list[int]] | None = None  # so that the device works on a batch while the last is fetched
+    for batch in (starts[i : i + windows_per_batch] for i in range(0, len(starts), windows_per_batch)):
+        windows = np.zeros((windows_per_batch, length + 1), tokens.dtype)  # padded, for one compiled shape
+        for row, start in zip(windows, batch):
+            window = tokens[start : start + length + 1]
+            row[: len(window)] = window
+        losses_BT = _token_losses(model, windows)
+        if waiting:
+            yield counted(*waiting)
+        waiting = losses_BT, batch
+    if waiting:
+        yield counted(*waiting)
+
+
+def standard_error(values: np.ndarray, block: int) -> float | None:
+    """Return the standard error of a mean over values that are alike where they are near, by blocks of them.
+
+    None when there are fewer than two whole blocks.
+    """
+    blocks = values[: len(values) // block * block].reshape(-1, block).mean(axis=1, dtype=np.float64)
+    return None if len(blocks) < 2 else float(blocks.std(ddof=1) / len(blocks) ** 0.5)
+
+
+def completion_losses(
+    model: GPTModel, texts: Iterable[tuple[list[int], list[int]]], *, rows_per_batch: int = 32, multiple: int = 32
+) -> Iterator[np.ndarray]:
+    """Yield, for each context and completion (token ids, neither empty), the losses of the completion's tokens.
+
+    Of what is longer than the model's context, the end is taken. Texts of about one length are best given together: a
+    batch is padded to its longest, in multiples of `multiple`.
+    """
+    most = model.config.context_length + 1
+    pending = list(texts)
+    for batch in (pending[i : i + rows_per_batch] for i in range(0, len(pending), rows_per_batch)):
+        whole = [(context + completion)[-most:] for context, completion in batch]
+        width = min(most - 1, -(-max(len(text) - 1 for text in whole) // multiple) * multiple)
+        tokens = np.zeros((rows_per_batch, width + 1), np.int32)
+        for row, text in zip(tokens, whole):
+            row[: len(text)] = text
+        losses_BT = np.asarray(_token_losses(model, tokens))
+        for losses, text, (_, completion) in zip(losses_BT, whole, batch):
+            yield losses[max(0, len(text) - 1 - len(completion)) : len(text) - 1]

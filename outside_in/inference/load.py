@@ -1,0 +1,51 @@
+"""A model from one `model.safetensors`: its shape rides in the file, so a copied file works anywhere."""
+
+from pathlib import Path
+
+from checkpointing import MODEL_FILE
+from model import GPTModel, abstract_model
+from outside_in.config import MEMORY_BYTES, ModelConfig, parse_config
+from outside_in.storage import manifest
+from outside_in.storage.run_directory import RunDirectory
+from outside_in.weights import load_model, load_weights, read_model_json
+
+MAX_SHARED_LAYERS = 100  # more, whose blocks have no arrays of their own, would take minutes to build
+
+
+def load_saved_model(path: Path) -> GPTModel:
+    """Build the model that a weights file describes and load its weights, for inference in float32.
+
+    Raises ValueError when the file is not one that training has saved, damaged, or too large for this machine.
+    """
+    config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
+    arrays = load_weights(path)
+    num_arrays = len(arrays)
+    if any(name.startswith("transformer.") for name in arrays):
+        raise ValueError(
+            f"{path}: is for transformers; make a run of it: uv run convert_gpt2.py import {path.parent} RUN"
+        )
+    if config.n_layers > max(num_arrays, MAX_SHARED_LAYERS):
+        raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")
+    if path.stat().st_size > MEMORY_BYTES:
+        raise ValueError(f"{path}: expected at most {MEMORY_BYTES:,} bytes, this machine's memory, got more")
+    model = abstract_model(config)
+    load_model(path, model)
+    manifest.check_alone(path)
+    return model
+
+
+def find_weights(path: Path, which: str = "best") -> Path:
+    """Return the weights file that a path stands for: the file itself, a checkpoint's, or that of a run.
+
+    Of a run that is its checkpoint `which` (a name or a link), without one its newest, without any what it starts from.
+    Raises ValueError when there is none.
+    """
+    if path.is_file():
+        return path
+    run = RunDirectory(path)
+    folders = path, run.checkpoints / which, run.checkpoints / "latest", run.initial_weights.parent
+    for candidate in (folder / MODEL_FILE for folder in folders):
+        if candidate.is_file():
+            return candidate
+    found = "a folder without one" if path.is_dir() else "nothing"
+    raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {found}")

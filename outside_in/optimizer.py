@@ -1,0 +1,117 @@
+"""The optimiser: its schedule, its gradient transformation, and the only readers of its state.
+
+Reading inwards, one global step passes through
+
+    MultiSteps             averages the calls of a global step (only where `microbatches_per_call` is given)
+    inject_hyperparams     the learning rate, by the number of global steps, rejected ones included
+    measure_norm           keeps the norm of the mean gradient; makes a gradient whose norm overflows not finite
+    apply_if_finite        rejects the update when a gradient is not finite: no parameter and no moment changes
+    clip_by_global_norm
+    adamw
+
+The learning rate stands outside `apply_if_finite` so that a rejected update moves the schedule on as it moves the data
+on. All but `measure_norm` is optax's: https://optax.readthedocs.io. AdamW: https://arxiv.org/abs/1711.05101.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from outside_in.config import TrainConfig
+
+MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
+START_FACTOR, END_FACTOR = 1e-5, 0.1  # of the peak learning rate
+MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
+NEVER = jnp.iinfo(jnp.int32).max  # rejections in a row after which optax would accept: it counts no further
+
+
+class NormState(NamedTuple):
+    gradient_norm: jax.Array  # float32, of the last update, before clipping
+
+
+def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Rise linearly to the peak over `warmup_period_percent` of the run, then fall by a cosine to a tenth of it."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=START_FACTOR * config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=int(total_steps * config.warmup_period_percent / 100),
+        decay_steps=total_steps,
+        end_value=END_FACTOR * config.learning_rate,
+    )
+
+
+def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> nnx.Optimizer:
+    """Build the optimiser of a run over all of the model's parameters."""
+
+    def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
+        clip = optax.clip_by_global_norm(_max_norm(config))
+        mask = _are_matrices if config.weight_decay_on == "matrices" else None
+        adamw = optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay, mask=mask)
+        return optax.chain(measure_norm(), optax.apply_if_finite(optax.chain(clip, adamw), NEVER))
+
+    transformation = optax.inject_hyperparams(guarded_adamw)(learning_rate_schedule(config, total_steps))
+    if config.microbatches_per_call is not None:  # also one call: the state is of one form on any number of devices
+        transformation = accumulate_calls(transformation, config.calls_per_step)
+    return nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+
+def _max_norm(config: TrainConfig) -> float:
+    """Return the norm that gradients are clipped to, as a float32; without clipping the largest, which none exceeds."""
+    return min(config.clipping_max_norm or MAX_FLOAT32, MAX_FLOAT32)
+
+
+def _are_matrices(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim >= MATRIX_NDIM, params)
+
+
+def measure_norm() -> optax.GradientTransformation:
+    """Keep the global norm of the gradient; where it overflows, make the gradient not finite, so that it is rejected.
+
+    `clip_by_global_norm` alone would divide by infinity: an update of zeros, which nobody would notice.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        norm = optax.tree.norm(updates).astype(jnp.float32)
+        leaves, structure = jax.tree.flatten(updates)
+        smallest = min((i for i, leaf in enumerate(leaves) if leaf.size), key=lambda i: leaves[i].size)  # one is enough
+        leaves[smallest] = jnp.where(jnp.isfinite(norm), leaves[smallest], jnp.nan)
+        return jax.tree.unflatten(structure, leaves), NormState(norm)
+
+    return optax.GradientTransformation(lambda params: NormState(jnp.zeros(())), update)
+
+
+def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.GradientTransformation:
+    """Average the gradients of `calls` calls, then update once: `optax.MultiSteps`, safe against NaN.
+
+    MultiSteps clears its accumulator by multiplying it with 0, and 0 · NaN is NaN: after one NaN no update would ever
+    be finite again. So every first call of a global step starts from zeros.
+    """
+    multi_steps = optax.MultiSteps(inner, every_k_schedule=calls)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        is_first = state.mini_step == 0
+        fresh = jax.tree.map(lambda total: jnp.where(is_first, 0, total), state.acc_grads)
+        return multi_steps.update(updates, state._replace(acc_grads=fresh), params)
+
+    return optax.GradientTransformation(multi_steps.init, update)
+
+
+def update_report(optimizer: nnx.Optimizer, config: TrainConfig) -> dict[str, jax.Array]:
+    """Say what the newest global step did to the parameters: scalars, still on the device.
+
+    `gradient_norm` is taken before clipping; `learning_rate` is the schedule's value for this global step;
+    `rejected_updates` counts since the start of the run, `consecutive_rejections` up to now.
+    """
+    state = nnx.as_pure(optimizer.opt_state)
+    norm, is_accepted = (optax.tree.get(state, name) for name in ("gradient_norm", "last_finite"))
+    return {
+        "learning_rate": optax.tree.get(state, "hyperparams")["learning_rate"],
+        "gradient_norm": norm,
+        "clipped": is_accepted & (norm > _max_norm(config)),
+        "rejected": ~is_accepted,
+        "rejected_updates": optax.tree.get(state, "total_notfinite"),
+        "consecutive_rejections": optax.tree.get(state, "notfinite_count"),
+    }

@@ -1,0 +1,1 @@
+"""Charts, comparisons, FLOPs."""

@@ -1,0 +1,154 @@
+"""Several runs side by side: a Markdown table, and the curves for one chart."""
+
+import contextlib
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from checkpointing import find_checkpoints
+from model import count_parameters
+from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.reports.charts import X_LABELS, Curve, draw_comparison
+from outside_in.storage import metrics
+from outside_in.storage.run_directory import RunDirectory
+
+Column = Callable[["Trained"], str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has metrics."""
+
+    run: RunDirectory
+    model_config: ModelConfig
+    config: TrainConfig
+    records: list[metrics.Record]  # at least one
+    checkpoint_seconds: float | None  # of training, with compiling, validation and checkpoints
+
+    @property
+    def judged_on(self) -> tuple[Any, ...]:
+        """What the losses of two runs must share to be comparable."""
+        config = self.config
+        return self.model_config.vocab_size, config.objective, config.dataset, config.start_val_token
+
+    @property
+    def average_loss(self) -> float | None:
+        """Mean training loss of the last checkpoint period: as many steps as lie between two checkpoints."""
+        losses = [r["loss"] for r in self.records[-self.config.checkpoint_interval :] if r["loss"] is not None]
+        return statistics.fmean(losses) if losses else None
+
+    @property
+    def validation_loss(self) -> float | None:
+        return next((r["val_loss"] for r in reversed(self.records) if r.get("val_loss") is not None), None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        seconds = statistics.median(record["seconds"] for record in self.records)
+        last = self.records[-1]
+        return last["tokens_seen"] / last["global_step"] / max(seconds, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Time of training; of the steps alone when there is no checkpoint yet."""
+        if self.checkpoint_seconds is not None:
+            return self.checkpoint_seconds
+        return sum(record["seconds"] for record in self.records)
+
+
+def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
+    """Draw the chart and return the lines to print: the table, and which runs were skipped.
+
+    `x` is the chart's horizontal axis, a key of `X_LABELS`. Raises ValueError when no run has metrics.
+    """
+    found = {run: read(run) for run in runs}
+    trained = [run for run in found.values() if run]
+    if not trained:
+        raise ValueError(f"{runs[0].path}: nothing to compare, no run has metrics yet; train one first")
+    curves = [_curve(run, label, x) for run, label in zip(trained, labels(trained).values(), strict=True)]
+    draw_comparison(chart, curves, x_label=X_LABELS[x])
+    skipped = [f"{run.path}: no metrics yet, skipped" for run, read_run in found.items() if read_run is None]
+    return [*table(trained), "", *skipped, f"chart: {chart}"]
+
+
+def read(run: RunDirectory) -> Trained | None:
+    """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
+    model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
+    records = metrics.read(run.metrics)
+    metrics.check_complete(run.metrics, records)
+    return Trained(run, model_config, config, records, seconds_trained(run)) if records else None
+
+
+def seconds_trained(run: RunDirectory) -> float | None:
+    """Return the time of training up to the newest checkpoint; None without a readable one."""
+    with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
+        return float(find_checkpoints(run.checkpoints)[-1].meta["seconds_trained"])
+    return None
+
+
+def outsiders(runs: list[Trained]) -> list[Trained]:
+    """Return the runs whose losses cannot be compared with those of most others (of the first, in a tie)."""
+    [(usual, _)] = Counter(run.judged_on for run in runs).most_common(1)
+    return [run for run in runs if run.judged_on != usual]
+
+
+def table(runs: list[Trained]) -> list[str]:
+    """Return the lines of a Markdown table; runs on other data or another vocabulary than most are marked."""
+    marked, names = outsiders(runs), labels(runs)
+    columns: dict[str, Column] = {
+        "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
+        "parameters": lambda run: f"{count_parameters(run.model_config):,}",
+        "tokens": lambda run: f"{run.records[-1]['tokens_seen']:,}",
+        "training loss": lambda run: _loss(run.average_loss),
+        "validation loss": lambda run: _loss(run.validation_loss),
+        "perplexity": lambda run: _perplexity(run.validation_loss),
+        "tokens/s": lambda run: f"{run.tokens_per_second:,.0f}",
+        "rejected": lambda run: f"{run.records[-1]['rejected_updates']:,}",
+        "time": lambda run: _clock(run.seconds),
+    }
+    rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    rows += [[column(run) for column in columns.values()] for run in runs]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if marked:
+        lines += [
+            "",
+            "\\* other data, objective or vocabulary than most here: its losses cannot be compared with theirs",
+        ]
+    return lines
+
+
+def labels(runs: list[Trained]) -> dict[RunDirectory, str]:
+    """Name every run by its folder's name, or all by their paths where two names are the same."""
+    are_unique = len({run.run.path.name for run in runs}) == len(runs)
+    return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
+
+
+def _curve(run: Trained, label: str, x: str) -> Curve:
+    seconds = accumulate(record["seconds"] for record in run.records)
+    positions = {
+        "tokens": [record["tokens_seen"] for record in run.records],
+        "steps": [record["global_step"] for record in run.records],
+        "seconds": list(seconds),
+    }[x]
+    training, validation = (
+        [(at, record[key]) for at, record in zip(positions, run.records) if record.get(key) is not None]
+        for key in ("loss", "val_loss")
+    )
+    return Curve(label, training, validation)
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
+
+
+def _perplexity(loss: float | None) -> str:
+    return "–" if loss is None else f"{math.exp(min(loss, 700)):,.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,78 @@
+"""How many floating-point operations training takes, and what share of a device's peak that is (MFU).
+
+MFU is the model FLOPs utilisation of "PaLM", appendix B, https://arxiv.org/abs/2204.02311: operations that the model's
+definition asks for, whatever is computed twice or skipped, divided by what the device could do at its best.
+"""
+
+from typing import NamedTuple
+
+from outside_in.config import ModelConfig
+
+FORMULA = "6 · (parameters of matrix products) + 12 · layers · width · context"
+
+
+class Peak(NamedTuple):
+    """The dense matrix products of a device, in TFLOP/s with sums in float32, by NVIDIA's data sheet."""
+
+    bfloat16: float
+    float32: float  # as TF32, which is what JAX takes for float32 products on these cards
+    source: str
+
+
+# By the beginning of JAX's `device_kind`; the first that fits counts. Data sheets give figures with sparsity: halved.
+PEAKS = {
+    "NVIDIA B200": Peak(2250, 1100, "https://resources.nvidia.com/en-us-blackwell-architecture"),
+    "NVIDIA GH200": Peak(989.5, 494.5, "https://resources.nvidia.com/en-us-grace-cpu/grace-hopper-superchip"),
+    "NVIDIA H200": Peak(989.5, 494.5, "https://www.nvidia.com/en-us/data-center/h200/"),
+    "NVIDIA H100 PCIe": Peak(756, 378, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "NVIDIA H100": Peak(989.5, 494.5, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "NVIDIA A100": Peak(312, 156, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "NVIDIA L40S": Peak(362, 183, "https://www.nvidia.com/en-us/data-center/l40s/"),
+    "NVIDIA L4": Peak(121, 60, "https://www.nvidia.com/en-us/data-center/l4/"),
+    "NVIDIA GeForce RTX 4090": Peak(165.2, 82.6, "NVIDIA Ada GPU Architecture, appendix A"),
+    "NVIDIA GeForce RTX 3090": Peak(71, 35.6, "NVIDIA Ampere GA102 GPU Architecture, table 2 and appendix A"),
+}
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """Count the operations of training on one token, forward and backward, by `FORMULA`.
+
+    Every parameter of a matrix product is used once forward and twice backward, with a multiplication and an addition.
+    Biases, norms and embedding lookups are left out; the output head counts, tied or not. Attention is counted as if
+    every position saw the whole context: the convention of nanoGPT and of PaLM, which flatters a causal model's MFU.
+    """
+    width = model.emb_dim
+    per_layer = (4 + 8 * model.feed_forward) * width**2  # query, key, value, output; two matrices of 4 · width
+    products = model.n_layers * per_layer + model.vocab_size * width
+    return 6 * products + 12 * model.n_layers * width * model.context_length
+
+
+def peak_tflops(device_kind: str, precision: str) -> float | None:
+    """Return what a device could do at its best, None where the table does not know it."""
+    peak = find_peak(device_kind)
+    return getattr(peak, precision) if peak else None
+
+
+def find_peak(device_kind: str) -> Peak | None:
+    return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
+
+
+def describe_peak(device_kind: str, precision: str) -> str:
+    """Say what MFU is measured against, and where that is from."""
+    peak = find_peak(device_kind)
+    if peak is None:
+        return f"peak    not known for this device ({device_kind}): its speed is told without MFU"
+    return f"peak    {getattr(peak, precision):g} TFLOP/s in {precision}, by {peak.source}"
+
+
+def mfu(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> float | None:
+    """Return which share of the device's peak a speed is, None where the peak is not known."""
+    peak = peak_tflops(device_kind, precision)
+    return tokens_per_second * flops_per_token(model) / 1e12 / peak if peak else None
+
+
+def describe_speed(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> str:
+    """Say a speed as tokens/s, TFLOP/s, and MFU where the device's peak is known."""
+    tflops = tokens_per_second * flops_per_token(model) / 1e12
+    share = mfu(tokens_per_second, model, device_kind, precision)
+    return f"{tokens_per_second:,.0f} tokens/s, {tflops:.3g} TFLOP/s" + (f", MFU {share:.1%}" if share else "")

@@ -1,0 +1,156 @@
+"""The devices: which ones there are, how a run is spread over them, and a quiet start on machines without a GPU.
+
+A run has one mesh of devices with two axes. Sequences are spread over both; parameters, moments and gradients over
+`fsdp` (https://arxiv.org/abs/1910.02054), by one rule. One device is a mesh of one.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from outside_in.config import MeshConfig
+from outside_in.runtime.compilation_cache import keep_compiled
+from outside_in.runtime.processes import put
+
+NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
+DATA, FSDP = AXES = ("data", "fsdp")
+SMALLEST_SHARDED = 2048  # numbers: gathering less costs more than it saves
+M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
+
+
+def describe_devices() -> str:
+    """Start JAX's backend and say in one line what the program runs on; what it compiles is kept from now on.
+
+    JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
+    """
+    keep_compiled()
+    complaints: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        complaints.append(record.getMessage())
+        return "xla_cuda" not in record.getMessage()
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    if not NVIDIA.exists():
+        keep_freed_memory()
+    try:
+        devices = jax.local_devices()
+    finally:
+        logger.removeFilter(keep)
+    device = devices[0]
+    if device.platform == "cpu":
+        no_driver = any("cuda" in line for line in complaints)
+        return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
+    return f"running on {device.device_kind}"
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Arrange the devices as `mesh` in train.json says; -1 takes as many as there are.
+
+    Raises ValueError when there are too few, or some would be left over.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    count, fsdp = len(devices), config.fsdp
+    data = count // fsdp if config.data == -1 else config.data
+    least = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
+    if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
+        fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        raise ValueError(
+            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {fitting} divide; "
+            "data=-1 takes what fsdp leaves"
+        )
+    return _mesh(tuple(devices[: data * fsdp]), data, fsdp)
+
+
+@functools.cache
+def one_device() -> Mesh:
+    """Return the mesh of the first device alone."""
+    return _mesh((jax.local_devices()[0],), 1, 1)
+
+
+def _mesh(devices: tuple[jax.Device, ...], data: int, fsdp: int) -> Mesh:
+    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def own_columns(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
+    """Say which sequences of a microbatch over all devices are this process's; None when all are."""
+    if jax.process_count() == 1:
+        return None
+    ours = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    assert ours == list(range(ours[0], ours[-1] + 1)), "a process's devices follow one another"
+    return ours[0] * per_device, (ours[-1] + 1) * per_device
+
+
+def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Say how a parameter or a moment lies on the mesh: its largest axis that `fsdp` divides is spread over it.
+
+    Small arrays, and those without such an axis, are whole on every device.
+    """
+    parts = mesh.shape[FSDP]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < SMALLEST_SHARDED or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * largest, FSDP)
+
+
+def array_shardings(state: Any, mesh: Mesh) -> Any:
+    """Return, for every array of a state, where the rule has it."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, array_spec(x.shape, mesh)), state)
+
+
+def place(module: Any, mesh: Mesh) -> None:
+    """Move the arrays of a model or an optimiser to where the rule has them."""
+    state = nnx.state(module)
+    nnx.update(module, jax.tree.map(put, state, array_shardings(state, mesh)))
+
+
+def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
+    """Say how a run is spread over devices, and what becomes of each of its arrays, by names and shapes."""
+    count = mesh.devices.size
+    if count == 1 and jax.device_count() == 1:
+        return []
+    left = jax.device_count() - count
+    unused = f"; {left} more are not used" if left else ""
+    lines = [f"mesh    {count} device(s): data {mesh.shape[DATA]} × fsdp {mesh.shape[FSDP]}{unused}"]
+    if mesh.shape[FSDP] == 1:
+        return lines
+    for name, shape in shapes.items():
+        axis = next((axis for axis, part in enumerate(array_spec(shape, mesh)) if part), None)
+        told = "whole on every device" if axis is None else f"axis {axis} over fsdp"
+        lines.append(f"        {name} {list(shape)}: {told}")
+    return lines
+
+
+def device_kind() -> str:
+    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
+    return jax.local_devices()[0].device_kind
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step on the CPU frees, instead of asking the system for the same pages at every step.
+
+    A step takes a hundred megabytes and more, and touching fresh pages costs an eighth of its time. Works before JAX
+    starts its threads: each would get an arena of its own, and glibc gives large buffers of those back at once.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
+    if mallopt:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what glibc has kept until now: compiling leaves hundreds of megabytes in small pieces."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim:
+        malloc_trim(0)

@@ -1,0 +1,1 @@
+"""Files on the disk: atomic, strict, and whole or refused."""

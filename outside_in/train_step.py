@@ -1,0 +1,278 @@
+"""Everything that is jitted for training: one call of the training step, and one of the evaluation step.
+
+Both are compiled ahead of their first call, once in a run: so it is known what they need before they need it, and
+arguments of another form are refused.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model import GPTModel
+from outside_in.config import TrainConfig
+from outside_in.data.loader import Batch
+from outside_in.diagnostics.parameters import NORM_SCALE
+from outside_in.layers.dropout import Dropout
+from outside_in.optimizer import update_report
+from outside_in.runtime.mesh import AXES, DATA, FSDP, array_shardings, array_spec, give_back_freed_memory, one_device
+from outside_in.weights import named_arrays
+
+
+@partial(nnx.jit, static_argnames=("config", "mesh"), donate_argnames=("model", "optimizer"))
+def train_step(
+    model: GPTModel,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    seed_key: jax.Array,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Train on the microbatches of one call; the last call of a global step updates the parameters.
+
+    Returns the mean `loss` of the call, what `optimizer.update_report` says after it, `evidence` for the case that the
+    update was rejected, and the largest `wish` of all devices; all on the device.
+    """
+    mesh = mesh or one_device()
+    loss, grads, losses_A = mean_gradient(model, batch, seed_key, mesh)
+    optimizer.update(model, grads)
+    for module in (model, optimizer):  # what comes out lies where it came from
+        state = nnx.state(module)
+        nnx.update(module, jax.lax.with_sharding_constraint(state, array_shardings(state, mesh)))
+    wish = batch.wishes.max()
+    report = {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads), "wish": wish}
+    return jax.lax.with_sharding_constraint(report, NamedSharding(mesh, PartitionSpec()))
+
+
+@partial(nnx.jit, static_argnames="mesh")
+def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """Return `model.loss` on each device's share of the sequences, (devices,), dropout off."""
+    mesh = mesh or one_device()
+    graph, state = nnx.split(model)
+
+    def on_device(state: nnx.State, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        loss = nnx.merge(graph, state).loss(inputs_BT, targets_BT)
+        return jax.lax.all_gather(loss, AXES)
+
+    return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(state, inputs_BT, targets_BT)
+
+
+class Compiled:
+    """A compiled step. Called with arguments of another form, it raises RuntimeError and changes nothing."""
+
+    def __init__(self, name: str, function: Any, *arguments: Any) -> None:
+        """Compile a jitted function for arguments like these, which may be abstract; see `nnx.jit`."""
+        self._name = name
+        self._compiled = function.lower(*arguments).compile()
+        give_back_freed_memory()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Take the arguments without the static ones."""
+        try:
+            return self._compiled(*arguments)
+        except (TypeError, ValueError) as error:
+            differences = "; ".join(line for line in str(error).splitlines() if line.startswith("Argument '"))
+            told = differences or " ".join(str(error).split())
+            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {told}") from error
+
+    @property
+    def bytes_needed(self) -> int:
+        """What the device must hold while it runs, its arguments included, by XLA's own account."""
+        stats = self._compiled.memory_analysis()
+        kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+    @property
+    def text(self) -> str:
+        """The compiled program in XLA's own words."""
+        return self._compiled.as_text()
+
+
+def compile_train_step(
+    model: GPTModel,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    seed_key: jax.Array,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+) -> Compiled:
+    return Compiled("training step", train_step, model, optimizer, batch, seed_key, config, mesh)
+
+
+def compile_eval_step(
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None = None
+) -> Compiled:
+    return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT, mesh)
+
+
+def place_batch(batch: Batch, mesh: Mesh, wish: int = 0) -> Batch:
+    """Put the arrays of a call on the devices: each gets its sequences of every microbatch, and this process's wish.
+
+    Every process brings the sequences of its own devices.
+    """
+    own_devices = len(mesh.local_devices)
+    batch = batch._replace(wishes=np.full(own_devices, wish, np.uint32))
+    sequences = PartitionSpec(None, AXES)
+    specs = Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES))
+    return Batch(
+        *(jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array) for array, spec in zip(batch, specs))
+    )
+
+
+def steps_ahead() -> int:
+    """Say how many global steps may be under way before the reports of the first are fetched.
+
+    One, so that a GPU never waits for Python. None on the CPU: it would hold all of a step's memory twice, and be no
+    faster.
+    """
+    return 0 if jax.default_backend() == "cpu" else 1
+
+
+def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.Array, sequences: int) -> Dropout:
+    """Dropout masks are a function of the seed, the global step (from 0) and the number of the sequence in it alone."""
+    step_key = jax.random.fold_in(seed_key, global_step)
+    numbers_B = first_sequence + jnp.arange(sequences, dtype=jnp.uint32)
+    return Dropout(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, numbers_B))
+
+
+def mean_gradient(
+    model: GPTModel, batch: Batch, seed_key: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, nnx.State, jax.Array]:
+    """Average `model.loss` and its gradient over the microbatches of a call, and over the devices that share each.
+
+    Parameters that are spread over `fsdp` are gathered once; gradients are added up on each device, and reduced over
+    all of them once, at the end. Also returns the loss of each microbatch, (A,).
+    """
+    mesh = mesh or one_device()
+    graph, state = nnx.split(model)
+
+    def on_device(state: nnx.State, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
+        grads, losses_A = _add_up(nnx.merge(graph, state), batch, seed_key, mesh.devices.size)
+        losses_A = jax.lax.pmean(losses_A, AXES)
+        return losses_A.mean(), jax.tree.map(partial(_reduced, mesh=mesh), grads), losses_A
+
+    specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), nnx.state(model, nnx.Param))
+    sequences = PartitionSpec(None, AXES)
+    given = [Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES)), PartitionSpec()]
+    out = PartitionSpec(), specs, PartitionSpec()
+    return _over(mesh, on_device, given, out)(state, batch, seed_key)
+
+
+def _over(mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any) -> Callable[..., Any]:
+    """Let each device compute its share: `on_device` gets whole parameters, and its part of the other arguments."""
+
+    def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(x, FSDP, axis=len(spec) - 1, tiled=True) if len(spec) else x
+
+    def apply(params: nnx.State, *others: Any) -> Any:
+        specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
+
+        def with_whole(params: nnx.State, *others: Any) -> Any:
+            return on_device(jax.tree.map(gathered, params, specs), *others)
+
+        spread = jax.shard_map(with_whole, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False)
+        return spread(params, *others)
+
+    return apply
+
+
+def _reduced(grad: jax.Array, mesh: Mesh) -> jax.Array:
+    """Add up a gradient over all devices; each keeps its part, where the parameter is spread."""
+    spec = array_spec(grad.shape, mesh)
+    if not len(spec):
+        return jax.lax.psum(grad, AXES)
+    part = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=len(spec) - 1, tiled=True)
+    return jax.lax.psum(part, DATA)
+
+
+def _add_up(model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int) -> tuple[nnx.State, jax.Array]:
+    """Add up the gradients of this device's sequences, one microbatch after the other, as its share of the mean.
+
+    Also returns the loss of each microbatch, (A,).
+    """
+    global_step, first = batch.position
+    count, sequences, _ = batch.inputs.shape
+
+    def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
+        inputs_BT, targets_BT, number = microbatch
+        first_sequence = (number * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
+        dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
+        loss, grads = loss_and_gradient(model, inputs_BT, targets_BT, dropout, 1 / (count * devices))
+        return jax.tree.map(jnp.add, total, grads), loss
+
+    microbatches = (batch.inputs, batch.targets, first + jnp.arange(count, dtype=jnp.uint32))
+    zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    return jax.lax.scan(add, zeros, microbatches)
+
+
+def loss_and_gradient(
+    model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None, scale: float = 1.0
+) -> tuple[jax.Array, nnx.State]:
+    """Return `model.loss`, and the gradient of `scale` times it by all parameters.
+
+    Raises ValueError when the forward pass changes a variable of the model: training would not keep that.
+    """
+    graph, params, constants = nnx.split(model, nnx.Param, ...)
+
+    def scaled_loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params, jax.tree.map(lambda x: x, constants))  # variables of its own
+        before = named_arrays(nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.Param))))
+        loss = model.loss(inputs_BT, targets_BT, dropout)
+        after = named_arrays(nnx.state(model))
+        if changed := [name for name, array in before.items() if after.get(name) is not array]:
+            raise ValueError(
+                f"model.py: the forward pass changes {changed[0]}, which training would not keep; "
+                "return what is to be kept, and draw random numbers with `dropout(x, rate)`"
+            )
+        return scale * loss, loss
+
+    grads, loss = jax.grad(scaled_loss, has_aux=True)(params)
+    return loss, grads
+
+
+def backward_order(model: GPTModel) -> list[str]:
+    """Name the parameters in the order in which the backward pass computes their gradients."""
+    graph, params, constants = nnx.split(model, nnx.Param, ...)
+    tokens_BT = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.uint16)
+
+    def gradients(params: nnx.State, constants: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
+        model = nnx.merge(graph, params, constants)
+        return list(named_arrays(loss_and_gradient(model, tokens_BT, tokens_BT, None)[1]).values())
+
+    names = list(named_arrays(params))
+    if graph not in _BACKWARD_ORDERS:
+        try:
+            jaxpr = jax.make_jaxpr(gradients)(params, constants, tokens_BT).jaxpr
+        except Exception:  # a loss that takes no single sequence: what only names things must not end a training
+            _BACKWARD_ORDERS[graph] = names
+        else:
+            made_at = {id(array): i for i, equation in enumerate(jaxpr.eqns) for array in equation.outvars}
+            moments = {name: made_at.get(id(array), -1) for name, array in zip(names, jaxpr.outvars)}
+            _BACKWARD_ORDERS[graph] = sorted(names, key=lambda name: moments[name])
+    return _BACKWARD_ORDERS[graph]
+
+
+_BACKWARD_ORDERS: dict[nnx.GraphDef, list[str]] = {}  # of each form of model that was asked for
+
+
+def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
+    """Return what tells where a gradient stopped being finite: the loss of each microbatch and gradient norms.
+
+    The losses are (A,), the norms (P,), in the order of `weights.named_arrays`. Where one call is a global step, the
+    optimizer needs the same sums, and XLA takes them once. When a norm is not finite, `scaled_norms` tells whether a
+    gradient is not, or only the sum of squares was too large for float32: they are norms times `NORM_SCALE`.
+    """
+    arrays = list(named_arrays(grads).values())
+
+    def norms(scale: float) -> jax.Array:
+        return jnp.stack([optax.tree.norm(scale * array).astype(jnp.float32) for array in arrays])
+
+    norms_P = norms(1.0)
+    scaled_P = jax.lax.cond(jnp.isfinite(norms_P).all(), lambda: jnp.zeros_like(norms_P), lambda: norms(NORM_SCALE))
+    return {"losses": losses_A, "gradient_norms": norms_P, "scaled_norms": scaled_P}

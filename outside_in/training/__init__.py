@@ -1,0 +1,1 @@
+"""One run from its set-up to its end."""

@@ -1,0 +1,79 @@
+"""What a checkpoint remembers of the world it was trained in, and what of that may differ when it goes on."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
+
+
+def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]) -> dict[str, Any]:
+    """Return what goes into a checkpoint's meta file: both configs, versions, the fingerprints of the data."""
+    return {
+        "model_config": model.model_dump(),
+        "train_config": train.model_dump(),
+        "data": data,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a bit-for-bit repetition depends on, and the kind of device."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries}
+
+
+def check_form(meta: dict[str, Any], source: Path) -> None:
+    """Raise ValueError when a checkpoint's meta lacks what going on from it takes; `source` names its file."""
+    expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
+    expected |= {"seconds_paused": float} if "seconds_paused" in meta else {}
+    unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
+    if unusable:
+        raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; go on from another checkpoint with --from")
+
+
+def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> list[str]:
+    """Compare configs and versions with a snapshot; return a line for every difference that is allowed.
+
+    Raises ValueError on a fatal change, and on an announced one unless `accept`.
+    """
+    changes: dict[OnResume, list[str]] = {"fatal": [], "announced": [], "free": []}
+    for old, new in ((saved["model_config"], model), (saved["train_config"], train)):
+        for name, change in _changes(old, new).items():
+            changes[new.on_resume(name)].append(change)
+    if changes["fatal"]:
+        raise ValueError(f"{'; '.join(changes['fatal'])}: this cannot change within a run; undo it or start a new run")
+    if changes["announced"] and not accept:
+        raise ValueError(f"{'; '.join(changes['announced'])}: undo it, or go on with --accept-changes")
+    differences = [f"since the checkpoint: {change}" for change in changes["announced"] + changes["free"]]
+    for name, version in versions().items():
+        if (old_version := saved["versions"].get(name)) != version:
+            differences.append(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
+    return differences
+
+
+def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
+    """Raise ValueError when the training tokens differ from a snapshot's, or the validation tokens unless `accept`."""
+    for split, remedy in (("train", "start a new run"), ("validation", "go on with --accept-changes")):
+        old, new = saved["data"].get(split), data[split]
+        if old != new and not (split == "validation" and accept):
+            revisions = f"{saved['data'].get('revision')} → {data.get('revision')}"
+            origin = f" (revisions of the Hub dataset: {revisions})" if "None" not in revisions else ""
+            raise ValueError(
+                f"the {split} tokens are not the checkpoint's: {old} → {new}{origin}; restore them or {remedy}"
+            )
+
+
+def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
+    # A key that the snapshot lacks came with a later version: there is nothing to compare it with.
+    return {
+        name: f"{name}: {json.dumps(old[name])} → {json.dumps(value)}"
+        for name, value in new.model_dump().items()
+        if name in old and old[name] != value
+    }

@@ -1,0 +1,166 @@
+import json
+
+import pytest
+
+from outside_in.reports.charts import Curve
+from outside_in.reports.comparison import X_LABELS, compare, labels, outsiders, read
+from outside_in.storage import metrics
+from outside_in.storage.run_directory import RunDirectory
+
+# vocabulary 101, width 32, context 16, one layer: embeddings and head 2·101·32, positions 16·32, three norms 3·2·32,
+# attention 3·32² and 32² + 32, feed-forward 4·32² + 128 and 4·32² + 32
+TINY_PARAMETERS = 6_464 + 512 + 192 + 3_072 + 1_056 + 4_224 + 4_128
+
+
+def record(step, loss, *, seconds=0.5, rejected_updates=0, **more):
+    return {
+        **dict.fromkeys(metrics.NUMBERS | metrics.NULLABLE, 1.0),
+        "global_step": step,
+        "loss": loss,
+        "tokens_seen": 128 * step,
+        "seconds": seconds,
+        "rejected_updates": rejected_updates,
+        **more,
+    }
+
+
+@pytest.fixture
+def trained(make_run):
+    """Make a run with these metrics: `trained("name", records, meta, model={...}, train={...})`."""
+
+    def make(name, records, meta=None, **changes):
+        run = RunDirectory(make_run(name, **changes))
+        run.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+        if meta is not None:
+            checkpoint = run.checkpoints / f"20261121T093000Z-iteration-{records[-1]['global_step']}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "meta.json").write_text(json.dumps(meta))
+        return run
+
+    return make
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_holds_the_numbers_that_a_hand_computes(trained, tmp_path):
+    first = trained(
+        "first",
+        [
+            *(record(step, 4.0) for step in range(1, 5)),
+            record(5, 3.0, val_loss=3.5),
+            record(6, 2.0, seconds=9.0),
+            record(7, None, rejected_updates=1),
+            record(8, 2.5, rejected_updates=1, val_loss=2.0),
+        ],
+        {"seconds_trained": 3723.4},
+    )
+    second = trained("second", [record(1, 4.5), record(2, 4.25)], model={"n_layers": 0})
+    lines = compare([first, second], "tokens", tmp_path / "chart.png")
+    names = "run parameters tokens|training loss|validation loss|perplexity|tokens/s|rejected|time"
+    assert cells(lines[0]) == ["run", "parameters", *names.split(maxsplit=2)[2].split("|")]
+    # the last 5 steps, of which one has no loss: (4 + 3 + 2 + 2.5) / 4; 128 tokens in half a second, mostly
+    expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.8750", "2.0000", "7.389", "256", "1", "1:02:03"]
+    assert cells(lines[2]) == expected
+    assert cells(lines[3]) == ["second", "7,040", "256", "4.3750", "–", "–", "256", "0", "0:00:01"]
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_without_metrics_are_named_and_left_out(trained, make_run, tmp_path):
+    lines = compare([RunDirectory(make_run("new")), trained("old", [record(1, 4.0)])], "steps", tmp_path / "chart.png")
+    assert [cells(line)[0] for line in lines[2:3]] == ["old"]
+    assert any(line.endswith("new: no metrics yet, skipped") for line in lines)
+
+
+def test_without_any_metrics_there_is_nothing_to_compare(make_run, tmp_path):
+    with pytest.raises(ValueError, match="no run has metrics yet"):
+        compare([RunDirectory(make_run("new"))], "tokens", tmp_path / "chart.png")
+    assert not (tmp_path / "chart.png").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"vocab_size": 100}},
+        {"train": {"objective": "a-to-a"}},
+        {"train": {"dataset": "elsewhere"}},
+        {"train": {"start_val_token": 1}},
+    ],
+    ids=str,
+)
+def test_losses_on_other_data_or_another_vocabulary_are_marked(trained, tmp_path, changes):
+    usual = [trained(name, [record(1, 4.0)]) for name in ("one", "two")]
+    other = trained("other", [record(1, 4.0)], **changes)
+    assert [run.run for run in outsiders([read(run) for run in (other, *usual)])] == [other]
+    lines = compare([other, *usual], "tokens", tmp_path / "chart.png")
+    assert [cells(line)[0] for line in lines[2:5]] == ["other \\*", "one", "two"]
+    assert any("cannot be compared" in line for line in lines)
+
+
+def test_runs_on_the_same_data_are_not_marked_whatever_their_size_and_batches(trained, tmp_path):
+    runs = [
+        trained("one", [record(1, 4.0)], {"seconds_trained": 1}),
+        trained("two", [record(1, 4.0)], model={"emb_dim": 64}, train={"microbatch_size": 1}),
+    ]
+    assert not any("*" in line for line in compare(runs, "tokens", tmp_path / "chart.png"))
+
+
+def test_a_run_that_never_had_a_finite_loss_stands_in_the_table(trained, tmp_path):
+    runs = [trained("lost", [record(1, None, rejected_updates=1)]), trained("good", [record(1, 4.0)])]
+    lines = compare(runs, "tokens", tmp_path / "chart.png")
+    assert cells(lines[2])[:1] + cells(lines[2])[3:5] == ["lost", "–", "–"]
+
+
+@pytest.mark.parametrize("meta", ["[]", "{", '{"seconds_trained": null}', "{}"])
+def test_a_damaged_checkpoint_does_not_keep_a_run_out_of_the_table(trained, tmp_path, meta):
+    run = trained("run", [record(1, 4.0)], {})
+    [path] = run.checkpoints.glob("*/meta.json")
+    path.write_text(meta)
+    assert cells(compare([run], "tokens", tmp_path / "chart.png")[2])[-1] == "0:00:00"
+
+
+def test_metrics_that_lack_something_are_one_clear_line(trained, tmp_path):
+    run = trained("run", [{"global_step": 1, "loss": 4.0, "seconds": 1.0}])
+    with pytest.raises(ValueError, match=r"step 1 lacks .*rejected_updates, tokens_seen; "):
+        compare([run], "tokens", tmp_path / "chart.png")
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_path(trained, tmp_path):
+    (tmp_path / "other").mkdir()
+    runs = [read(trained(name, [record(1, 4.0)])) for name in ("a", "b", "other/a")]
+    assert list(labels(runs[:2]).values()) == ["a", "b"]
+    assert list(labels(runs).values()) == [str(tmp_path / name) for name in ("a", "b", "other/a")]
+
+
+@pytest.mark.parametrize(("x", "positions"), [("tokens", [128, 256]), ("steps", [1, 2]), ("seconds", [0.5, 3.5])])
+def test_a_curve_runs_over_what_was_asked_for(trained, tmp_path, monkeypatch, x, positions):
+    drawn = []
+    monkeypatch.setattr(
+        "outside_in.reports.comparison.draw_comparison", lambda path, curves, x_label: drawn.append((curves, x_label))
+    )
+    run = trained("run", [record(1, 4.0), record(2, 3.0, seconds=3.0, val_loss=3.5)])
+    compare([run], x, tmp_path / "chart.png")
+    assert drawn == [([Curve("run", list(zip(positions, [4.0, 3.0])), [(positions[1], 3.5)])], X_LABELS[x])]
+
+
+def test_the_program_expands_folders_and_writes_the_chart(trained, call_program, tmp_path):
+    trained("one", [record(1, 4.0)]), trained("two", [record(1, 4.0, val_loss=3.0)])
+    finished = call_program("compare_runs", tmp_path, tmp_path / "one" / "..", "--output", tmp_path / "chart.png")
+    assert finished.returncode == 0
+    assert [cells(line)[0] for line in finished.stdout.splitlines()[2:4]] == ["one", "two"]
+    assert finished.stdout.splitlines()[-1] == f"chart: {tmp_path / 'chart.png'}"
+
+
+@pytest.mark.parametrize("output", [".", "missing/chart.png"])
+def test_an_output_that_cannot_be_written_is_one_clear_line(trained, call_program, output):
+    finished = call_program("compare_runs", trained("one", [record(1, 4.0)]).path, "--output", output)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: {output}: expected a file in a folder that exists")
+
+
+@pytest.mark.parametrize("name", ["missing", "tokens"])
+def test_a_folder_without_runs_is_one_clear_line(call_program, make_run, tmp_path, name):
+    finished = call_program("compare_runs", tmp_path / name)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: {tmp_path / name}: expected a run or a folder of runs")

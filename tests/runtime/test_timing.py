@@ -1,0 +1,47 @@
+"""Where the time went: every second is booked once."""
+
+import time
+
+import pytest
+
+from outside_in.runtime.timing import Stopwatch
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Let seconds pass on the clock."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    return pass_by
+
+
+def test_every_second_is_booked_once_also_of_things_inside_each_other(wait):
+    watch = Stopwatch("starting")
+    wait(2)
+    watch.turn_to("steps")
+    wait(20)
+    with watch.during("checkpoints"):
+        wait(1)
+        with watch.during("validation"):
+            wait(14)
+        wait(3)
+    wait(60)
+    expected = "0:01:20 steps (80.0%), 0:00:14 validation (14.0%), 0:00:04 checkpoints (4.0%), 0:00:02 starting (2.0%)"
+    assert watch.describe() == watch.describe() == f"time    {expected}"
+
+
+def test_time_goes_back_to_what_was_interrupted_also_after_an_error(wait):
+    watch = Stopwatch("steps")
+    with pytest.raises(OSError), watch.during("checkpoints"):
+        raise OSError
+    wait(9)
+    assert watch.turn_to("compiling") == "steps"
+    assert "0:00:09 steps (100.0%)" in watch.describe()
+
+
+def test_no_time_at_all_is_described(wait):
+    assert Stopwatch("starting").describe() == "time    0:00:00 starting (0.0%)"

@@ -1,0 +1,54 @@
+"""The training loop: what it shows, and that nothing moves between host and device behind its back."""
+
+import re
+from functools import partial
+
+import jax
+import pytest
+
+from outside_in import train_step
+from outside_in.training import loop
+
+
+@pytest.fixture
+def train(call_program):
+    return partial(call_program, "train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "shown"),
+    [
+        ("NVIDIA H200", r"peak    494\.5 TFLOP/s in float32, by https:", r"tokens/s, MFU \d+\.\d%\]"),
+        ("cpu", r"peak    not known for this device \(cpu\)", r"tokens/s\]"),
+    ],
+)
+def test_the_progress_bar_shows_speed_and_mfu_where_the_peak_is_known(train, make_run, monkeypatch, kind, line, shown):
+    monkeypatch.setattr(loop, "device_kind", lambda: kind)
+    finished = train(make_run())
+    assert re.search(line, finished.stdout)
+    assert re.search(rf"loss \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("per_call", "ahead"), [(1, 1), (4, 1), (4, 0)])
+def test_nothing_moves_between_host_and_device_unasked(train, make_run, monkeypatch, per_call, ahead):
+    """From the second step to the end of the run, only explicit `device_put` and `device_get` are allowed.
+
+    On the CPU the guard sees what goes to the device, not what comes back.
+    """
+    call, calls = train_step.Compiled.__call__, 0
+    monkeypatch.setattr(loop, "steps_ahead", lambda: ahead)
+
+    def call_under_guard(compiled, *arguments):
+        nonlocal calls
+        calls += compiled._name == "training step"
+        if calls == 2 * 4 // per_call:
+            jax.config.update("jax_transfer_guard", "disallow")
+        return call(compiled, *arguments)
+
+    monkeypatch.setattr(train_step.Compiled, "__call__", call_under_guard)
+    try:
+        finished = train(make_run(train={"microbatches_per_call": per_call}))
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert finished.returncode == 0, finished.stderr
+    assert calls == 12 * 4 // per_call

@@ -1,0 +1,134 @@
+"""What may differ between a checkpoint and the run that goes on from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model_config, tiny_train_config
+
+from outside_in.training import resume_checks
+
+DATA = {"train": "2000 tokens, sha256 aa", "validation": "200 tokens, sha256 bb"}
+
+
+@pytest.fixture
+def saved():
+    """A snapshot as it comes back from a checkpoint's JSON."""
+    return json.loads(json.dumps(resume_checks.snapshot(tiny_model_config(), tiny_train_config(), DATA)))
+
+
+def check(saved, model=None, train=None, *, accept=False):
+    return resume_checks.check_configs(
+        saved, tiny_model_config(**model or {}), tiny_train_config(**train or {}), accept=accept
+    )
+
+
+def test_nothing_changed_is_nothing_to_say(saved):
+    assert check(saved) == []
+    resume_checks.check_data(saved, DATA, accept=False)
+
+
+@pytest.mark.parametrize("bad", [None, 7, "text", [1]])
+@pytest.mark.parametrize("name", ["model_config", "train_config", "data", "versions", "seconds_trained"])
+def test_a_meta_without_what_going_on_takes_is_refused_by_the_name_of_it(saved, name, bad):
+    meta = saved | {"seconds_trained": 1.5}
+    resume_checks.check_form(meta, Path("meta.json"))
+    with pytest.raises(ValueError, match=f"^meta.json: lacks a usable '{name}'"):
+        resume_checks.check_form(meta | {name: bad}, Path("meta.json"))
+    with pytest.raises(ValueError, match=name):
+        resume_checks.check_form({key: value for key, value in meta.items() if key != name}, Path("meta.json"))
+
+
+def test_data_that_the_checkpoint_says_nothing_of_are_other_data(saved):
+    with pytest.raises(ValueError, match="the train tokens are not the checkpoint's: None → 2000"):
+        resume_checks.check_data(saved | {"data": {}}, DATA, accept=True)
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize(
+    ("model", "train", "change"),
+    [
+        ({"emb_dim": 64}, {}, "emb_dim: 32 → 64"),
+        ({"tied_head": True}, {}, "tied_head: false → true"),
+        ({}, {"seed": 43}, "seed: 42 → 43"),
+        ({}, {"microbatch_size": 3}, "microbatch_size: 2 → 3"),
+        ({}, {"microbatches_per_call": 2}, "microbatches_per_call: null → 2"),
+        ({}, {"objective": "a-to-a"}, 'objective: "next-token" → "a-to-a"'),
+    ],
+)
+def test_a_fatal_change_is_refused_with_old_and_new_value_whatever_is_accepted(saved, model, train, change, accept):
+    with pytest.raises(ValueError) as caught:
+        check(saved, model, train, accept=accept)
+    assert str(caught.value).startswith(f"{change}: this cannot change within a run")
+
+
+def test_all_fatal_changes_are_named_at_once(saved):
+    with pytest.raises(ValueError, match="n_layers: 1 → 3; epochs: 1 → 2: "):
+        check(saved, {"n_layers": 3}, {"epochs": 2, "learning_rate": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("train", "change"),
+    [
+        ({"learning_rate": 0.02}, "learning_rate: 0.01 → 0.02"),
+        ({"precision": "bfloat16"}, 'precision: "float32" → "bfloat16"'),
+        ({"drop_rate": 0.5}, "drop_rate: 0.0 → 0.5"),
+    ],
+)
+def test_an_announced_change_needs_to_be_accepted(saved, train, change):
+    with pytest.raises(ValueError) as caught:
+        check(saved, train=train)
+    assert str(caught.value).startswith(change)
+    assert "--accept-changes" in str(caught.value)
+    assert check(saved, train=train, accept=True) == [f"since the checkpoint: {change}"]
+
+
+def test_a_free_change_is_only_reported(saved):
+    assert check(saved, train={"checkpoint_interval": 7}) == ["since the checkpoint: checkpoint_interval: 5 → 7"]
+    [line] = check(saved, train={"mesh": {"data": 4}})
+    assert line.endswith('→ {"data": 4, "fsdp": 1}')
+
+
+def test_another_version_is_reported(saved):
+    saved["versions"]["jax"] = "0.1.2"
+    del saved["versions"]["optax"]
+    lines = check(saved)
+    assert len(lines) == 2
+    assert lines[0].startswith("since the checkpoint: jax 0.1.2 → ")
+    assert lines[1].startswith("since the checkpoint: optax None → ")
+
+
+@pytest.mark.parametrize("name", ["python", "jax", "flax", "optax", "orbax-checkpoint"])
+def test_the_versions_are_those_that_a_repetition_depends_on(saved, name):
+    assert saved["versions"][name][0].isdigit()
+
+
+def test_another_kind_of_device_is_reported(saved):
+    saved["versions"]["device"] = "NVIDIA H200"
+    assert check(saved) == ["since the checkpoint: device NVIDIA H200 → cpu; expect tiny differences"]
+
+
+def test_a_key_that_came_after_the_checkpoint_is_no_change(saved):
+    del saved["train_config"]["epochs"], saved["model_config"]["tied_head"]
+    assert check(saved) == []
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize("old", ["1999 tokens, sha256 cc", None])
+def test_other_training_tokens_are_refused_whatever_is_accepted(saved, old, accept):
+    saved["data"]["train"] = old
+    with pytest.raises(ValueError, match=f"train tokens are not the checkpoint's: {old} → 2000 tokens.*new run"):
+        resume_checks.check_data(saved, DATA, accept=accept)
+
+
+@pytest.mark.parametrize("new", ["1999 tokens, sha256 cc", None])
+def test_other_validation_tokens_need_to_be_accepted(saved, new):
+    with pytest.raises(ValueError, match=f"validation tokens .* → {new}; .*--accept-changes"):
+        resume_checks.check_data(saved, DATA | {"validation": new}, accept=False)
+    resume_checks.check_data(saved, DATA | {"validation": new}, accept=True)
+
+
+def test_other_tokens_are_told_with_both_revisions_of_a_hub_dataset(saved):
+    saved["data"]["revision"] = "aaa"
+    with pytest.raises(ValueError, match=r"revisions of the Hub dataset: aaa → bbb"):
+        resume_checks.check_data(saved, DATA | {"train": "1 token", "revision": "bbb"}, accept=False)
