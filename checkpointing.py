@@ -23,10 +23,10 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 
-from outside_in.config import read_json
 from outside_in.runtime import processes
 from outside_in.storage import manifest
 from outside_in.storage.atomic import sync, sync_tree
+from outside_in.storage.strict_json import read_json
 from outside_in.weights import check_forms, host_arrays, load_weights, match, named_arrays, save_weights
 
 NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")

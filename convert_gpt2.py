@@ -43,10 +43,11 @@ def main(args: argparse.Namespace) -> int:
 
 def import_run(source: str, target: Path) -> int:
     """Make a run of a GPT-2 from a folder or from the Hub; training starts from its weights."""
-    from outside_in.config import parse_config, read_json
+    from outside_in.config import parse_config
     from outside_in.data import tokenizer
     from outside_in.huggingface import gpt2_names
     from outside_in.storage import manifest
+    from outside_in.storage.strict_json import read_json
     from outside_in.weights import save_weights
 
     folder = find_folder(source)
@@ -141,7 +142,7 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def shards(index: Path) -> set[str]:
     """Return the names of the files that an index lists, which lie beside it."""
-    from outside_in.config import read_json
+    from outside_in.storage.strict_json import read_json
 
     weight_map = read_json(index, LARGEST_INDEX_BYTES).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -152,8 +153,8 @@ def shards(index: Path) -> set[str]:
 
 def check_vocabulary(folder: Path) -> None:
     """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
-    from outside_in.config import read_json
     from outside_in.data import tokenizer
+    from outside_in.storage.strict_json import read_json
 
     ours = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
     for name in (VOCABULARY, TOKENIZER):
@@ -229,7 +230,7 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 def model_card(target: Path, weights: Path, config: "ModelConfig", parameters: int) -> str:
     """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
-    from outside_in.config import read_json
+    from outside_in.storage.strict_json import read_json
 
     folder = weights.resolve().parent
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}

@@ -4,7 +4,6 @@ import difflib
 import json
 import math
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -12,19 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-# What is longer is some other file, and is not read.
-LARGEST_JSON_BYTES = 1_000_000  # configs, and what checkpoints say of themselves, are a few pages
-MOST_LEVELS = 10  # of JSON in JSON
-MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
+from outside_in.storage.strict_json import parse_object, read_text, shortened
 
-JSON_NAMES = {
-    list: "an array",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a truth value",
-    type(None): "null",
-}
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
 OnResume = Literal["fatal", "announced", "free"]
 
@@ -223,81 +212,22 @@ def load_config(path: Path, config_class: type[C]) -> C:
 
     Raises ValueError with one line that names the file, the key, what was expected and what was found.
     """
-    text = _read_text(path, "a config of a few lines", "; write one (runs/quickstart has both)")
+    text = read_text(path, "a config of a few lines", "; write one (runs/quickstart has both)")
     return parse_config(text, config_class, str(path))
 
 
 def parse_config(text: str, config_class: type[C], source: str) -> C:
     """Validate the text of a config, which must be strict JSON; `source` names it in errors (ValueError)."""
-    content = _parse_object(text, source)
+    content = parse_object(text, source)
     try:
         return config_class(**content)
     except pydantic.ValidationError as error:
         raise ValueError(f"{source}: {_first_complaint(error, config_class)}") from None
 
 
-def read_json(path: Path, largest_bytes: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object that a program has saved. Raises ValueError with one line that names the file."""
-    return _parse_object(_read_text(path, "a few pages of JSON", largest_bytes=largest_bytes), str(path))
-
-
-def _read_text(path: Path, expected: str, remedy: str = "", largest_bytes: int = LARGEST_JSON_BYTES) -> str:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise ValueError(f"{path}: expected a JSON file, got a folder or a device")
-        with path.open("rb") as file:
-            content = file.read(largest_bytes + 1)
-        if len(content) > largest_bytes:
-            raise ValueError(f"{path}: expected {expected}, got {path.stat().st_size:,} bytes")
-        return content.decode("utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: expected a JSON file, found nothing{remedy}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: expected a JSON file, cannot read it ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got other bytes at position {error.start}") from None
-
-
-def _parse_object(text: str, source: str) -> dict[str, Any]:
-    if text.startswith("\ufeff"):
-        raise ValueError(f"{source}: starts with a byte order mark (BOM); save it as plain UTF-8")
-    try:
-        content = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
-        if _levels(content) > MOST_LEVELS:
-            raise RecursionError
-        if isinstance(content, dict):
-            return content
-        complaint = f"expected a JSON object {{…}}, got {JSON_NAMES[type(content)]}"
-    except json.JSONDecodeError as error:
-        complaint = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-    except RecursionError:
-        complaint = "nested too deeply for a config or a list of files"
-    except ValueError as error:
-        complaint = str(error)
-    raise ValueError(f"{source}: {complaint}")
-
-
-def _levels(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_levels, inner), default=0)
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"duplicate key {_shortened(repr(name))}; keep one")
-        content[name] = value
-    return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write a finite number")
-
-
 def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]) -> str:
     first = error.errors(include_url=False)[0]
-    name = _shortened(".".join(str(part) for part in first["loc"]))
+    name = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
         return f"missing key {name!r}"
     if first["type"] == "extra_forbidden":
@@ -307,10 +237,6 @@ def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "value_error":  # from our own validators, which say it all
         return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
-    got = _shortened(json.dumps(first["input"], default=str))
+    got = shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
     return f"{name}: {expected}, got {got}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from outside_in.config import LARGEST_JSON_BYTES
 from outside_in.runtime.processes import fetch, put
 from outside_in.storage.safetensors_file import open_tensors
+from outside_in.storage.strict_json import MAX_BYTES
 
 DTYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{kind}{bits}"
@@ -36,7 +36,7 @@ def read_model_json(path: Path) -> str:
     metadata = read_metadata(path)
     if "model.json" not in metadata:
         raise ValueError(f"{path}: expected a model.json in the file's metadata, found none; use one that we saved")
-    if len(metadata["model.json"]) > LARGEST_JSON_BYTES:
+    if len(metadata["model.json"]) > MAX_BYTES:
         raise ValueError(f"{path}: expected a model.json of a few lines in the file's metadata; use one that we saved")
     return metadata["model.json"]
 

@@ -9,15 +9,17 @@ FLOORS = [
     "storage",
     "config",
     "runtime",
-    "layers",
+    "layers,loss,weights",
     "model",
-    "weights",
     "data",
-    "loss,optimizer,train_step",
+    "optimizer,train_step",
     "checkpointing",
     "inference",
+    "reports",
+    "diagnostics",
+    "huggingface",
+    "training",
 ]
-FLOORS += ["reports", "diagnostics", "huggingface", "training"]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split(",")}
 PROGRAMS = len(FLOORS)
 MAX_ROOT_FILES = 12

@@ -126,7 +126,7 @@ class ModelHub(Hub):
 
 
 @pytest.fixture
-def hub(serve, source):  # noqa: F811
+def hub(serve, source):
     server = serve(ModelHub)
     server.revisions = {COMMIT: {path.name: path.read_bytes() for path in source.iterdir()}}
     server.datasets = {"tiny": server.revisions[COMMIT].keys()}
@@ -159,7 +159,7 @@ def test_a_model_that_the_hub_does_not_have_is_one_line(call_program, hub, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_is_not_there_is_one_line(call_program, point_client_at, tmp_path):  # noqa: F811
+def test_a_hub_that_is_not_there_is_one_line(call_program, point_client_at, tmp_path):
     point_client_at(9)
     told = complaint(call_program("convert_gpt2", "import", "somebody/tiny", tmp_path / "run"))
     assert "could not be fetched from the Hub" in told

@@ -28,12 +28,13 @@ from safetensors.numpy import load_file
 import checkpointing
 from checkpointing import Checkpoint, choose, copy_to_host, verify
 from model import create_model
-from outside_in.config import LARGEST_JSON_BYTES, ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig, load_config
 from outside_in.data.loader import load_tokens
 from outside_in.inference import load
 from outside_in.inference.load import load_saved_model
 from outside_in.storage import metrics
 from outside_in.storage.safetensors_file import LARGEST_HEADER_BYTES
+from outside_in.storage.strict_json import MAX_BYTES
 from outside_in.weights import load_model, named_arrays
 
 NAME = "20261121T093000Z-iteration-7"
@@ -266,7 +267,7 @@ MODEL_JSONS = {
     "a few levels": (shape(emb_dim=[[[4]]]), "emb_dim: expected a valid integer, got [[[4]]]"),
     "100,000 levels": ("[" * 100_000, "nested too deeply"),
     "100,000 objects": ('{"a":' * 100_000, "nested too deeply"),
-    "too long": (shape().ljust(LARGEST_JSON_BYTES + 1), "expected a model.json of a few lines"),
+    "too long": (shape().ljust(MAX_BYTES + 1), "expected a model.json of a few lines"),
     "a key of half a megabyte": (shape(**{"a\n" * 250_000: 1}), "unknown key"),
     "a key twice": (shape()[:-1] + ', "emb_dim": 4}', "duplicate key 'emb_dim'"),
     "a width that is no number": (shape().replace('"emb_dim": 4', '"emb_dim": NaN'), "NaN is not JSON"),
@@ -324,7 +325,7 @@ JSONS = {
     "an object of 100 levels": b'{"mesh":' * 100 + b"7" + b"}" * 100,
     "a list of 100,000 levels": b"[" * 100_000 + b"]" * 100_000,
     "an object of 100,000 levels": b'{"mesh":' * 100_000 + b"7" + b"}" * 100_000,
-    "one byte above the limit": b"{}".ljust(LARGEST_JSON_BYTES + 1),
+    "one byte above the limit": b"{}".ljust(MAX_BYTES + 1),
     "a key twice": b'{"global_step": 7, "global_step": 7}',
     "a long key twice": b"{" + b'"%s": 7, ' % (b"k" * 5000) * 2 + b'"a": 7}',
     "not a number": b'{"global_step": NaN}',
@@ -355,7 +356,7 @@ def test_a_json_file_of_100_megabytes_is_refused_without_reading_it(name, checkp
     tracemalloc.start()
     try:
         assert "100,000,000 bytes" in line_of(path, JSON_READERS[name], path)
-        assert tracemalloc.get_traced_memory()[1] < 10 * LARGEST_JSON_BYTES
+        assert tracemalloc.get_traced_memory()[1] < 10 * MAX_BYTES
     finally:
         tracemalloc.stop()
 

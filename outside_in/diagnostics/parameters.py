@@ -11,10 +11,10 @@ from flax import nnx
 
 from outside_in.runtime.processes import fetch
 from outside_in.storage.metrics import finite
+from outside_in.train_step import NORM_SCALE
 from outside_in.weights import named_arrays
 
 FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
-NORM_SCALE = 2.0**-100  # squares of what float32 can hold, times this, can be added up in float32
 
 
 def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:

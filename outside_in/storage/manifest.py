@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from outside_in.config import read_json
+from outside_in.storage.strict_json import read_json
 
 MANIFEST_FILE = "manifest.json"
 

@@ -10,7 +10,6 @@ from flax import nnx
 from helpers import ROOT, TINY_MODEL, tiny_model
 
 from outside_in.diagnostics.parameters import (
-    NORM_SCALE,
     array_table,
     check_parameters_changed,
     describe_rejection,
@@ -19,6 +18,7 @@ from outside_in.diagnostics.parameters import (
     matching,
     parameter_hashes,
 )
+from outside_in.train_step import NORM_SCALE
 
 PRINT_HASHES = """
 import json, sys

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from outside_in.config import read_json
 from outside_in.data import tokenizer
 from outside_in.storage.safetensors_file import open_tensors
+from outside_in.storage.strict_json import read_json
 
 DESCRIPTION = "data.json"
 LARGEST_BYTES = 2**28  # of data.json: there may be a hundred thousand sources

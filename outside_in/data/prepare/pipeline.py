@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outside_in.config import read_json
 from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
 from outside_in.data.prepare.documents import File, Reading
@@ -24,6 +23,7 @@ from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter, shuffle_documents
 from outside_in.storage.atomic import sync
+from outside_in.storage.strict_json import read_json
 
 NOTE, LOCK = "progress.json", "lock"
 SECONDS_BETWEEN_NOTES = 10

@@ -339,7 +339,7 @@ def test_a_full_disk_below_the_digests_is_a_full_disk(tmp_path):
 
 
 def test_thousands_of_files_can_be_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("outside_in.config.LARGEST_JSON_BYTES", 1000)
+    monkeypatch.setattr("outside_in.storage.strict_json.MAX_BYTES", 1000)
     (tmp_path / "texts").mkdir()
     for number in range(300):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}")
