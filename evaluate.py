@@ -74,8 +74,9 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
     import numpy as np
 
     from outside_in.config import ModelConfig, parse_config
-    from outside_in.data.loader import count_tokens, load_tokens
+    from outside_in.data.loader import load_tokens
     from outside_in.data.sources import dataset_folder
+    from outside_in.data.token_files import count_tokens
     from outside_in.weights import read_model_json
 
     vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)

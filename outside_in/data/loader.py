@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,11 +9,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from outside_in.config import MEMORY_BYTES, ModelConfig, TrainConfig, tokens_per_global_step
-from outside_in.storage.safetensors_file import open_tensors
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.data.token_files import SLICE_TOKENS, count_tokens, entropy, map_tokens, read_tokens
 
-INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-CHECKED_AT_ONCE = 2**24  # tokens
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
 
 
@@ -27,74 +24,10 @@ class Batch(NamedTuple):
     wishes: Any = np.zeros(1, np.uint32)  # (devices,): what each device's process would have all do, 0 for nothing
 
 
-def count_tokens(path: Path) -> int:
-    """Read the length of the `tokens` tensor from the header of a safetensors file; see `load_tokens`."""
-    with _open_tokens(path) as file:
-        return file.get_slice("tokens").get_shape()[0]
-
-
 def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None = None) -> jax.Array:
-    """Load `count` tokens from `start` on (None: all that follow) and commit them to host memory.
-
-    Returns token ids, shape (count,), uint16, each below `vocab_size`.
-    Raises ValueError when the tensor `tokens` is missing, not one-dimensional, not of an integer type, too short, or
-    has an id that is out of range (JAX would clamp it without a word).
-    """
-    available = count_tokens(path)
-    stop = available if count is None else start + count
-    if stop > available or start >= available:
-        raise ValueError(
-            f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
-        )
-    with _open_tokens(path) as file:
-        tensor = file.get_slice("tokens")
-        if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > MEMORY_BYTES:  # U16: 16 bits
-            raise ValueError(f"{path}: {stop - start:,} tokens do not fit into this machine's memory; use fewer tokens")
-        ids = tensor[start:stop]
-    _check_ids(path, ids, vocab_size, start)
-    return jax.device_put(ids.astype(np.uint16, copy=False), jax.local_devices(backend="cpu")[0])
-
-
-def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarray:
-    """Map `count` tokens from `start` on, which are read when they are looked at; see `load_tokens`."""
-    if (available := count_tokens(path)) < start + count:
-        raise ValueError(f"{path}: expected at least {start + count:,} tokens, got {available:,}; use fewer tokens")
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        tensor = json.loads(file.read(header_bytes))["tokens"]
-    kind = np.dtype({"U": "<u", "I": "<i"}[tensor["dtype"][0]] + str(int(tensor["dtype"][1:]) // 8))
-    offset = 8 + header_bytes + tensor["data_offsets"][0] + start * kind.itemsize
-    ids = np.memmap(path, kind, "r", offset, (count,))
-    for first in range(0, count, CHECKED_AT_ONCE):
-        _check_ids(path, ids[first : first + CHECKED_AT_ONCE], vocab_size, start + first)
-    return ids
-
-
-def _open_tokens(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
-    file = open_tensors(path)
-    names = list(file.keys())
-    if "tokens" not in names:
-        found = repr(", ".join(names[:5]))[1:-1][:200] or "none"  # a name may hold anything
-        raise ValueError(f"{path}: expected a tensor named 'tokens', got {found}; rename it")
-    tensor = file.get_slice("tokens")
-    if len(tensor.get_shape()) != 1 or tensor.get_dtype() not in INTEGER_TYPES:
-        raise ValueError(
-            f"{path}: expected 'tokens' to be one-dimensional integers, "
-            f"got shape {str(tuple(tensor.get_shape()))[:100]} of {tensor.get_dtype()}; flatten and cast it"
-        )
-    return file
-
-
-def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, start: int) -> None:
-    if ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-        return
-    bad = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-    raise ValueError(
-        f"{path}: token {start + bad:,} is id {ids[bad]}, expected ids from 0 to {vocab_size - 1}; "
-        "tokenize for this vocabulary or raise vocab_size"
-    )
+    """Load tokens as `token_files.read_tokens` does, (count,), uint16, and commit them to host memory."""
+    ids = read_tokens(path, vocab_size, start, count).astype(np.uint16, copy=False)
+    return jax.device_put(ids, jax.local_devices(backend="cpu")[0])
 
 
 @dataclass(frozen=True)
@@ -205,8 +138,8 @@ def open_streams(
 def fingerprint(tokens: Any) -> str:
     """Name the content of a token range: its length and the SHA-256 of its bytes."""
     digest = hashlib.sha256()
-    for first in range(0, tokens.size, CHECKED_AT_ONCE):
-        digest.update(np.asarray(tokens)[first : first + CHECKED_AT_ONCE].astype("<u2", copy=False).data)
+    for first in range(0, tokens.size, SLICE_TOKENS):
+        digest.update(np.asarray(tokens)[first : first + SLICE_TOKENS].astype("<u2", copy=False).data)
     return f"{tokens.size} tokens, sha256 {digest.hexdigest()}"
 
 
@@ -215,6 +148,4 @@ def unigram_entropy(tokens: Any) -> float:
 
     Counts the first 50 million tokens.
     """
-    counts = np.bincount(np.asarray(tokens[:ENTROPY_SAMPLE]))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    return entropy(np.bincount(np.asarray(tokens[:ENTROPY_SAMPLE])))

@@ -1,19 +1,116 @@
-"""A token file, written from front to end: safetensors with one tensor `tokens`, whose header comes last.
+"""Token files: safetensors with one tensor `tokens`, opened, checked, read and written.
 
-The format: https://github.com/huggingface/safetensors#format. A header may end in spaces, so room for it is left.
+The format: https://github.com/huggingface/safetensors#format. A header may end in spaces, so a writer leaves room for
+one and writes it last.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from outside_in.config import MEMORY_BYTES
 from outside_in.data.tokenizer import END_OF_TEXT
+from outside_in.storage.safetensors_file import open_tensors
 
 HEADER_BYTES = 128  # its length, 8 bytes, included
-SLICE_TOKENS = 2**24
+SLICE_TOKENS = 2**24  # looked at at once
+INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+
+
+def open_tokens(path: Path) -> Any:
+    """Return the tensor `tokens` of a file, unread: `get_shape()`, `get_dtype()`, and `[start:stop]` reads.
+
+    Raises ValueError when it is missing, not one-dimensional, or not of an integer type.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
+    file = open_tensors(path)
+    names = list(file.keys())
+    if "tokens" not in names:
+        found = repr(", ".join(names[:5]))[1:-1][:200] or "none"  # a name may hold anything
+        raise ValueError(f"{path}: expected a tensor named 'tokens', got {found}; rename it")
+    tensor = file.get_slice("tokens")
+    if len(tensor.get_shape()) != 1 or tensor.get_dtype() not in INTEGER_TYPES:
+        raise ValueError(
+            f"{path}: expected 'tokens' to be one-dimensional integers, "
+            f"got shape {str(tuple(tensor.get_shape()))[:100]} of {tensor.get_dtype()}; flatten and cast it"
+        )
+    return tensor
+
+
+def count_tokens(path: Path) -> int:
+    """Return the number of tokens in a file, read from its header."""
+    return open_tokens(path).get_shape()[0]
+
+
+def read_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None = None) -> np.ndarray:
+    """Read `count` tokens from `start` on; None: all that follow.
+
+    Returns token ids, (count,), each below `vocab_size`, of the file's integer type.
+    Raises ValueError as `open_tokens` does, and when the file is too short, does not fit into memory, or has an id that
+    is out of range (JAX would clamp it without a word).
+    """
+    tensor = open_tokens(path)
+    available = tensor.get_shape()[0]
+    stop = available if count is None else start + count
+    if stop > available or start >= available:
+        raise ValueError(
+            f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
+        )
+    if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > MEMORY_BYTES:  # U16: 16 bits
+        raise ValueError(f"{path}: {stop - start:,} tokens do not fit into this machine's memory; use fewer tokens")
+    ids = tensor[start:stop]
+    _check_ids(path, ids, vocab_size, start)
+    return ids
+
+
+def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarray:
+    """Map `count` tokens from `start` on, which are read when they are looked at; see `read_tokens`."""
+    if (available := count_tokens(path)) < start + count:
+        raise ValueError(f"{path}: expected at least {start + count:,} tokens, got {available:,}; use fewer tokens")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(header_bytes))["tokens"]
+    kind = np.dtype({"U": "<u", "I": "<i"}[tensor["dtype"][0]] + str(int(tensor["dtype"][1:]) // 8))
+    offset = 8 + header_bytes + tensor["data_offsets"][0] + start * kind.itemsize
+    ids = np.memmap(path, kind, "r", offset, (count,))
+    for first in range(0, count, SLICE_TOKENS):
+        _check_ids(path, ids[first : first + SLICE_TOKENS], vocab_size, start + first)
+    return ids
+
+
+def token_slices(path: Path, vocab_size: int, size: int, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a file in slices of `size` tokens, each with `overlap` tokens of the next one.
+
+    Yields where a slice starts, and its ids, each below `vocab_size`, of the file's integer type.
+    """
+    tensor = open_tokens(path)
+    num_tokens = tensor.get_shape()[0]
+    for start in range(0, num_tokens, size):
+        ids = tensor[start : min(start + size + overlap, num_tokens)]
+        _check_ids(path, ids, vocab_size, start)
+        yield start, ids
+
+
+def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, start: int) -> None:
+    if ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+        return
+    bad = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+    raise ValueError(
+        f"{path}: token {start + bad:,} is id {ids[bad]}, expected ids from 0 to {vocab_size - 1}; "
+        "tokenize for this vocabulary or raise vocab_size"
+    )
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Return the entropy in nats of what occurs so often, (V,); 0 where nothing does."""
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float((shares * np.log(1 / shares)).sum())
 
 
 class TokenWriter:

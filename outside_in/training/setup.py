@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 import checkpointing
 from model import create_model
 from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config, steps_per_epoch
-from outside_in.data.loader import count_tokens, fingerprint, open_streams, unigram_entropy
+from outside_in.data.loader import fingerprint, open_streams, unigram_entropy
 from outside_in.data.prepare.description import recorded_leakage
 from outside_in.data.sources import dataset_folder, dataset_revision
+from outside_in.data.token_files import count_tokens
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import processes
 from outside_in.runtime.mesh import own_columns, place

@@ -11,8 +11,8 @@ from helpers import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config
 from safetensors.numpy import save_file
 
 from outside_in.config import MEMORY_BYTES
-from outside_in.data.loader import TokenStream, count_tokens, fingerprint, load_tokens, open_streams, unigram_entropy
-from outside_in.data.token_files import HEADER_BYTES, TokenWriter
+from outside_in.data.loader import TokenStream, fingerprint, load_tokens, open_streams, unigram_entropy
+from outside_in.data.token_files import HEADER_BYTES, TokenWriter, count_tokens
 
 K, B, T = 4, 2, 3
 STEPS = 5

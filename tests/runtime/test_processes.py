@@ -16,8 +16,9 @@ from helpers import CONTEXT_LENGTH, ROOT, complaint, final_state, random_tokens
 
 from checkpointing import find_checkpoints, verify
 from outside_in.config import ModelConfig, TrainConfig, load_config
-from outside_in.data.loader import map_tokens, open_streams
+from outside_in.data.loader import open_streams
 from outside_in.data.sources import dataset_folder
+from outside_in.data.token_files import map_tokens
 from outside_in.runtime import processes
 from outside_in.runtime.mesh import one_device, own_columns
 from outside_in.storage import metrics

@@ -20,6 +20,7 @@ from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
 from outside_in.data.prepare.documents import File, Reading
 from outside_in.data.prepare.encode import Batch, Source, ahead, batches
+from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter, shuffle_documents
 from outside_in.storage.atomic import sync
@@ -279,7 +280,7 @@ class Preparation:
             "seed": self.options.seed,
             "options": asdict(self.options),
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
-            "leakage": description.leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
+            "leakage": find_leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
         }
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from outside_in.data import tokenizer
-from outside_in.data.prepare import description
-from outside_in.data.prepare.description import describe, describe_split, leakage, lines, recorded_leakage
+from outside_in.data.prepare import description, leakage
+from outside_in.data.prepare.description import describe, describe_split, lines, recorded_leakage
+from outside_in.data.prepare.leakage import find_leakage
 
 END = tokenizer.END_OF_TEXT
 INTEGER_TYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
@@ -30,7 +31,7 @@ def write(path, ids, dtype=np.uint16):
 @pytest.fixture(params=[1, 3, 7, 64, 10**6])
 def slice_tokens(request, monkeypatch):
     """Read in slices that are shorter and longer than what is looked for."""
-    monkeypatch.setattr(description, "SLICE_TOKENS", request.param)
+    monkeypatch.setattr(leakage, "SLICE_TOKENS", request.param)
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_tokens_may_be_any_integers_as_in_training(dtype, tmp_path):
     path = write(tmp_path / "a.safetensors", [100, 101, 100, 102] * 20, dtype)
     other = write(tmp_path / "b.safetensors", [100, 101, 100, 102] * 20)
     assert describe_split(path) == describe_split(other)
-    assert leakage(path, other) == leakage(other, path) == leakage(other, other)
+    assert find_leakage(path, other) == find_leakage(other, path) == find_leakage(other, other)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def by_brute_force(train, validation, length):
 def counted(train, validation, length=32):
     with tempfile.TemporaryDirectory() as folder:
         paths = write(Path(folder) / "a.safetensors", train), write(Path(folder) / "b.safetensors", validation)
-        leaked = leakage(*paths, length=length)
+        leaked = find_leakage(*paths, length=length)
     assert leaked["sequence_length"] == length
     assert leaked["share"] == (leaked["found"] / leaked["sequences"] if leaked["sequences"] else 0)
     json.dumps(leaked)
@@ -170,7 +171,7 @@ def counted(train, validation, length=32):
 
 @pytest.mark.parametrize("slice_size", [1, 5, 32, 33, 1000, 10**6])
 def test_planted_sequences_are_found_wherever_they_lie(slice_size, monkeypatch):
-    monkeypatch.setattr(description, "SLICE_TOKENS", slice_size)
+    monkeypatch.setattr(leakage, "SLICE_TOKENS", slice_size)
     rng = np.random.default_rng(0)
     train, validation = rng.integers(0, 50_000, 3_000), rng.integers(0, 50_000, 40 * 32 + 31)
     starts = [0, 63, 990, 1_000 - 31, 2_000 - 16, 2_999 - 31]  # both ends of the file, both sides of a border
@@ -197,7 +198,7 @@ def test_a_sequence_with_one_other_token_is_not_found(place):
 )
 def test_leakage_is_what_brute_force_finds(train, validation, length, slice_size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(description, "SLICE_TOKENS", slice_size)
+        patch.setattr(leakage, "SLICE_TOKENS", slice_size)
         assert counted(train, validation, length) == by_brute_force(train, validation, length)
 
 
@@ -231,7 +232,7 @@ def test_what_is_shorter_than_a_sequence_leaks_nothing(train, validation, expect
 
 
 def test_equal_hashes_of_unequal_tokens_are_no_leak(monkeypatch):
-    monkeypatch.setattr(description, "MULTIPLIER", np.uint64(1))  # the hash is the sum of the tokens
+    monkeypatch.setattr(leakage, "MULTIPLIER", np.uint64(1))  # the hash is the sum of the tokens
     sequence = list(range(32))
     assert counted(sequence[::-1], sequence) == (1, 0)
     assert counted(sequence[::-1] + sequence, sequence) == (1, 1)
@@ -240,24 +241,24 @@ def test_equal_hashes_of_unequal_tokens_are_no_leak(monkeypatch):
 def test_the_table_of_bits_rules_out_nearly_all_other_hashes():
     rng = np.random.default_rng(0)
     known, others = rng.integers(2**64, size=(2, 10_000), dtype=np.uint64)
-    table = description._bit_table(known)
+    table = leakage._bit_table(known)
     assert table.nbytes <= 16 * known.size
-    assert description._places_in(table, known).tolist() == list(range(known.size))
-    assert description._places_in(table, others).size < 0.02 * others.size
+    assert leakage._places_in(table, known).tolist() == list(range(known.size))
+    assert leakage._places_in(table, others).size < 0.02 * others.size
 
 
 def test_hashes_of_windows_that_are_much_alike_do_not_collide():
     ids = np.random.default_rng(0).integers(0, 3, 300_000).astype(np.uint16)
-    hashes = description._window_hashes(ids, 32)
+    hashes = leakage._window_hashes(ids, 32)
     windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint8), 32)
     assert np.unique(hashes).size == len({window.tobytes() for window in windows})
 
 
 def test_progress_tells_the_training_tokens_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr(description, "SLICE_TOKENS", 40)
+    monkeypatch.setattr(leakage, "SLICE_TOKENS", 40)
     told = []
     paths = write(tmp_path / "a.safetensors", [1] * 100), write(tmp_path / "b.safetensors", [1] * 70)
-    leakage(*paths, progress=told.append)
+    find_leakage(*paths, progress=told.append)
     assert told == [40, 80, 100]
 
 
@@ -333,7 +334,7 @@ def test_a_folder_without_data_json_is_described_by_its_tokens(folder):
     facts, printed = describe(folder)
     assert facts == {
         "splits": {split: describe_split(folder / f"{split}.safetensors") for split in ("train", "validation")},
-        "leakage": leakage(folder / "train.safetensors", folder / "validation.safetensors"),
+        "leakage": find_leakage(folder / "train.safetensors", folder / "validation.safetensors"),
     }
     train, held_out = facts["splits"].values()
     sequences = facts["leakage"]["sequences"]
