@@ -25,7 +25,7 @@ from flax import nnx
 
 from outside_in.runtime import processes
 from outside_in.storage import manifest
-from outside_in.storage.atomic import sync, sync_tree
+from outside_in.storage.atomic import fsync, fsync_tree
 from outside_in.storage.strict_json import read_json
 from outside_in.weights import check_forms, host_arrays, load_weights, match, named_arrays, save_weights
 
@@ -161,7 +161,7 @@ def stage(folder: Path, optimizer: nnx.Optimizer, global_step: int) -> Path | No
 def _make(folder: Path) -> None:
     if not folder.exists():
         folder.mkdir()
-        sync(folder.parent)
+        fsync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -196,7 +196,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     with contextlib.suppress(OSError):  # it is committed; who settles the folder hears of a failure
-        sync(folder)
+        fsync(folder)
         _point_links(folder)
     return Checkpoint(folder / name)
 
@@ -208,7 +208,7 @@ def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str)
         ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
     (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
     manifest.write(folder)
-    sync_tree(folder)
+    fsync_tree(folder)
 
 
 def verify(checkpoint: Checkpoint) -> None:

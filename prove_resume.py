@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import checkpointing
 from outside_in.config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from outside_in.reports import markdown
 from outside_in.runtime import cli
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
@@ -225,17 +226,17 @@ def _difference(left: list, right: list) -> str:
 
 
 def kill_table(kills: list[Kill]) -> list[str]:
-    lines = ["", "| killed while | kills | saves torn | steps done again, at most |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for phase in PHASES:
         of_phase = [kill for kill in kills if kill.phase == phase]
         torn, lost = sum(kill.tore_a_save for kill in of_phase), max((k.lost_steps for k in of_phase), default=0)
-        lines.append(f"| {phase} | {len(of_phase)} | {torn} | {lost} |")
-    return lines
+        rows.append([phase, str(len(of_phase)), str(torn), str(lost)])
+    return ["", *markdown.table(["killed while", "kills", "saves torn", "steps done again, at most"], rows)]
 
 
 def comparison_table(rows: list[tuple[str, str, str]]) -> list[str]:
-    lines = ["| compared | how much | with the run left alone |", "| --- | --- | --- |"]
-    return lines + [f"| {name} | {amount} | {difference or 'identical'} |" for name, amount, difference in rows]
+    compared = [(name, amount, difference or "identical") for name, amount, difference in rows]
+    return markdown.table(["compared", "how much", "with the run left alone"], compared, left=3)
 
 
 def count(text: str) -> int:

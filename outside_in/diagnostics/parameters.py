@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from outside_in.reports import markdown
 from outside_in.runtime.processes import fetch
 from outside_in.storage.metrics import finite
 from outside_in.train_step import NORM_SCALE
@@ -106,20 +107,20 @@ def describe_rejection(
 
 
 def array_table(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> list[str]:
-    """Return the lines of a Markdown table of arrays: shape, norm, mean, deviation, share of zeros, not finite.
+    """Return the lines of a Markdown table of arrays: shape, norm, mean, std, share of zeros, NaN or Inf.
 
     With `others`, also how far each is from its namesake, relative to its own norm.
     """
-    names = ["parameter", "shape", "norm", "mean", "deviation", "zeros", "not finite"] + ["change"] * (
-        others is not None
-    )
-    rows = [names, ["---", "---", *["---:"] * (len(names) - 2)]]
+    headings = ["parameter", "shape", "norm", "mean", "std", "zeros", "NaN/Inf"]
+    if others is not None:
+        headings.append("relative change")
+    rows = []
     for name in sorted(arrays.keys() | (others or {}).keys(), key=_by_numbers):
         row = [name, *_statistics(arrays[name])] if name in arrays else [name, "missing", *["–"] * 5]
         if others is not None:
             row.append(_change(arrays.get(name), others.get(name)))
         rows.append(row)
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown.table(headings, rows, left=2)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -4,9 +4,10 @@ HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) in the comple
 ending follows the context after a space, and the one with the lowest loss per token is the answer.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def read_questions(source: str) -> list[Question]:
         rows = _hub_rows()
     else:
         raise ValueError(f"{source}: expected a .jsonl file in HellaSwag's form, found nothing")
-    questions = [_question(row, where) for where, row in rows]
+    with contextlib.closing(rows):
+        questions = [_question(row, where) for where, row in rows]
     if not questions:
         raise ValueError(f"{source}: expected questions, got none")
     return questions
@@ -69,7 +71,7 @@ def count_longer(questions: list[Question], context_length: int) -> int:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows(path: Path) -> Generator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), start=1):
             where = f"{path}: line {number:,}"
@@ -82,7 +84,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{where}: expected a JSON object, got something else ({error})") from None
 
 
-def _hub_rows() -> Iterator[tuple[str, Any]]:
+def _hub_rows() -> Generator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from outside_in.storage import atomic
 from outside_in.storage.metrics import Record
 
 if TYPE_CHECKING:
@@ -150,6 +151,5 @@ def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") 
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -13,6 +13,7 @@ from typing import Any
 from checkpointing import find_checkpoints
 from model import count_parameters
 from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.reports import markdown
 from outside_in.reports.charts import X_LABELS, Curve, draw_comparison
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
@@ -110,9 +111,7 @@ def table(runs: list[Trained]) -> list[str]:
         "rejected": lambda run: f"{run.records[-1]['rejected_updates']:,}",
         "time": lambda run: _clock(run.seconds),
     }
-    rows = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    rows += [[column(run) for column in columns.values()] for run in runs]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = markdown.table(list(columns), [[column(run) for column in columns.values()] for run in runs])
     if marked:
         lines += [
             "",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file's content, or what a folder lists, outlives the machine's power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -18,15 +18,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Wait until every file and folder below is on the disk, the folder itself last."""
     inside: Iterable[Path] = sorted(folder.rglob("*"), reverse=True)  # children before their folder
     for path in [*inside, folder]:
-        sync(path)
+        fsync(path)
 
 
 @contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into, which takes the name `folder` when the block has ended well; else it is removed.
 
     Raises OSError when that name is taken meanwhile.
@@ -36,11 +36,56 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         staging.chmod(0o755)
         yield staging
-        sync_tree(staging)
+        fsync_tree(staging)
         if folder.exists():  # a rename would replace an empty folder
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         staging.rename(folder)
-        sync(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replace a file by one of this content; a reader sees the old one or the new one, whole.
+
+    With `durable` it outlives the machine's power from now on. Raises OSError, and leaves the old one, when it fails.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        if durable:
+            fsync(temporary)
+    if durable:
+        fsync(path.parent)
+
+
+def write_text(path: Path, content: str, *, durable: bool = False) -> None:
+    write_bytes(path, content.encode(), durable=durable)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name to write to, which replaces `path` when the block has ended well; else what is there is removed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Append the whole text to a file, or nothing of it and raise OSError."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise

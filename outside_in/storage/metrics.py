@@ -1,12 +1,12 @@
 """`metrics.jsonl`: one strict-JSON line per global step, append-only."""
 
-import errno
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from outside_in.storage import atomic
 
 Record = dict[str, Any]
 LONGEST_LINE = 100_000  # bytes; a record has some hundred
@@ -17,22 +17,7 @@ NULLABLE = {"gradient_norm", "loss"}  # as well, null where they were not finite
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
     """Append one line per record; `durable` waits for the disk. After an OSError the file is as it was."""
-    append_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records), durable=durable)
-
-
-def append_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Append the whole text to a file, or nothing of it and raise OSError."""
-    content = text.encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            if durable:
-                os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
+    atomic.append_text(path, _lines(records), durable=durable)
 
 
 def read(path: Path, until: int | None = None) -> list[Record]:
@@ -95,10 +80,11 @@ def cut_after(path: Path, global_step: int) -> list[Record]:
 
 def rewrite(path: Path, records: Iterable[Record]) -> None:
     """Put a new file in the place of the old one, in one step."""
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.unlink(missing_ok=True)
-    append(temporary, records, durable=True)
-    temporary.replace(path)
+    atomic.write_text(path, _lines(records), durable=True)
+
+
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def finite(value: float) -> float | None:

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from outside_in.storage import metrics
+from outside_in.storage import atomic
 
 LINE = re.compile(r"step (\d+) \| .*")
 
 
 def append(path: Path, global_step: int, text: str) -> None:
     """Append a completion; its line breaks become a backslash and an n. After an OSError the file is as it was."""
-    metrics.append_text(path, f"step {global_step} | {_one_line(text)}\n")
+    atomic.append_text(path, f"step {global_step} | {_one_line(text)}\n")
 
 
 def cut_after(path: Path, global_step: int) -> None:
@@ -22,9 +22,7 @@ def cut_after(path: Path, global_step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a kill can tear the last one
     kept = [line for line in whole if not (match := LINE.match(line)) or int(match[1]) <= global_step]
-    shorter = path.with_suffix(".txt.tmp")
-    shorter.write_text("".join(kept), encoding="utf-8")
-    shorter.replace(path)
+    atomic.write_text(path, "".join(kept))
 
 
 def _one_line(text: str) -> str:

@@ -20,7 +20,7 @@ from outside_in.data.loader import Batch, TokenStream
 from outside_in.diagnostics.parameters import describe_rejection
 from outside_in.runtime import processes
 from outside_in.runtime.timing import Stopwatch
-from outside_in.storage import metrics, samples
+from outside_in.storage import atomic, metrics, samples
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.weights import named_arrays
 
@@ -114,10 +114,8 @@ def note_rejection(training: Training, step: int, evidence: list[dict[str, np.nd
     path = training.run.rejected(step)
     if not processes.is_first():
         return ""
-    temporary = path.with_suffix(".json.tmp")
     try:
-        temporary.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        atomic.write_text(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
     except OSError as error:  # a full disk must not end the training
         return f"WARNING step {step:,}: its update was rejected, and what is known cannot be written ({error})"
     return f"WARNING step {step:,}: its update was rejected, {known['reason']}; {path} says where"

@@ -29,11 +29,13 @@ from hub import (
     SlowHub,
     SmallFilesHub,
 )
-from huggingface_hub import constants, file_download, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from safetensors.numpy import load_file
 
+from outside_in.data import hub as hub_client
 from outside_in.data import sources
-from outside_in.data.sources import dataset_folder, dataset_revision, impostor
+from outside_in.data.hub import detect_wrong_content
+from outside_in.data.sources import dataset_folder, dataset_revision
 
 TOO_OFTEN = [500] * 6  # the client tries five times more when nothing arrives
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2096\n"
@@ -87,7 +89,7 @@ def test_a_safetensors_file_is_no_impostor_whatever_byte_it_begins_with(tmp_path
     path = tmp_path / TRAIN
     for content in (FILES[TRAIN], ord("<").to_bytes(8, "little") + b"{}"):
         path.write_bytes(content)
-        assert impostor(path) is None
+        assert detect_wrong_content(path) is None
 
 
 @pytest.mark.parametrize("fetch", [False, True])
@@ -351,7 +353,7 @@ def test_a_refusal_in_between_leaves_what_is_there(serve, monkeypatch, reason):
         if reason.isdigit():
             hub.refuses = (int(reason), "")
         else:
-            patch.setattr(file_download, "http_get", Mock(side_effect=OSError(errno.ENOSPC, reason)))
+            patch.setattr(hub_client, "http_get", Mock(side_effect=OSError(errno.ENOSPC, reason)))
         assert reason in refusal("owner/both")
     hub.refuses = None
     assert is_from(dataset_folder("owner/both"), FILES)
@@ -361,7 +363,7 @@ def test_a_refusal_in_between_leaves_what_is_there(serve, monkeypatch, reason):
 def test_a_download_that_was_interrupted_while_it_was_verified_is_verified_again(serve, monkeypatch):
     hub = serve(Hub)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sources, "_checksum", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(hub_client, "_checksum", Mock(side_effect=KeyboardInterrupt))
         dataset_folder("owner/both")
     folder = dataset_folder("owner/both", fetch=False)
     assert is_from(folder, {})

@@ -148,7 +148,7 @@ def cells(line):
 def test_the_table_holds_what_a_hand_computes():
     arrays = {"b": np.array([[3.0, 0.0], [4.0, np.nan]], np.float32), "a": np.float32(2.0)}
     names, _, *rows = map(cells, array_table(arrays))
-    assert names == ["parameter", "shape", "norm", "mean", "deviation", "zeros", "not finite"]
+    assert names == ["parameter", "shape", "norm", "mean", "std", "zeros", "NaN/Inf"]
     assert rows[0] == ["a", "scalar", "2", "2", "0", "0.00%", "0"]
     assert rows[1] == ["b", "2 × 2", "5", "2.333", "1.7", "25.00%", "1"]
 

@@ -225,7 +225,7 @@ def fail(error):
 WRITERS = {
     "weights": (checkpointing, "save_weights"),
     "optimizer": (checkpointing.ocp, "save"),
-    "fsync": (checkpointing, "sync_tree"),
+    "fsync": (checkpointing, "fsync_tree"),
     "copy": (checkpointing, "copy_to_host"),
 }
 

@@ -7,7 +7,6 @@ noted there every few seconds; a new start cuts the token files to that and goes
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter, shuffle_documents
-from outside_in.storage.atomic import sync
+from outside_in.storage import atomic
+from outside_in.storage.atomic import fsync
 from outside_in.storage.strict_json import read_json
 
 NOTE, LOCK = "progress.json", "lock"
@@ -234,7 +234,7 @@ class Preparation:
         self.folder.rename(self.out)
         for name in (NOTE, LOCK):
             (self.out / name).unlink()
-        sync(self.out.parent)
+        fsync(self.out.parent)
         return read_json(self.out / DESCRIPTION, description.LARGEST_BYTES)
 
     def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
@@ -341,11 +341,4 @@ def _sha256(source: Source) -> str | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
+    atomic.write_text(path, json.dumps(content, indent=1) + "\n", durable=True)

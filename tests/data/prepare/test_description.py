@@ -114,7 +114,7 @@ def test_an_id_that_gpt2_does_not_have_is_named_with_its_place(dtype, bad, tmp_p
     ids = np.zeros(200, dtype)
     ids[[123, 190]] = bad
     path, good = write(tmp_path / "a.safetensors", ids, dtype), write(tmp_path / "b.safetensors", [1] * 64)
-    for line in (refusal(describe_split, path), refusal(leakage, path, good), refusal(leakage, good, path)):
+    for line in (refusal(describe_split, path), refusal(find_leakage, path, good), refusal(find_leakage, good, path)):
         assert line.startswith(f"{path}: token 123 is id {bad}, expected ids from 0 to 50256; ")
 
 

@@ -96,7 +96,7 @@ def test_a_file_that_is_named_is_taken_whatever_its_suffix(tmp_path):
         ("a.parquet", table([1]), r"row 1: expected text in 'text', got int"),
         ("a.parquet", table(["x"])[:-20], r"not a readable Parquet file"),
         ("a.parquet", b"<!DOCTYPE html>", r"not a readable Parquet file"),
-        ("a.txt.gz", gzip.compress(b"x" * 1000)[:-10], r"damaged or cut off"),
+        ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-10], r"damaged or cut off"),
         ("a.txt.gz", b"plain text", r"damaged or cut off"),
         ("a.txt.zst", b"plain text", r"damaged or cut off"),
         ("a.txt.zst", COMPRESS[".zst"](random.randbytes(100_000))[:-50_000], r"damaged or cut off"),

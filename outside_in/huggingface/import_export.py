@@ -1,0 +1,233 @@
+"""A run made of a GPT-2 from Hugging Face, and a folder that `transformers` loads made of a run."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from model import count_parameters
+from outside_in.config import ModelConfig, parse_config
+from outside_in.data import tokenizer
+from outside_in.data.hub import HUB_ID, detect_wrong_content, error_message
+from outside_in.huggingface import gpt2_names
+from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.runtime import cli
+from outside_in.storage import manifest
+from outside_in.storage.atomic import atomic_directory
+from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.strict_json import read_json
+from outside_in.weights import host_arrays, load_weights, read_metadata, save_weights
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
+MAX_INDEX_BYTES = 10_000_000
+FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
+    "dataset": "builtin/python-docs",
+    "microbatch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "min_train_tokens": -1,
+    "learning_rate": 3e-5,
+    "checkpoint_interval": 25,
+}
+
+
+def import_run(source: str, target: Path) -> int:
+    """Make a run of a GPT-2 from a folder or from the Hub; training starts from its weights."""
+    folder = find_folder(source)
+    config = gpt2_names.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    if tokenizer.is_gpt2(config.vocab_size):
+        check_vocabulary(folder)
+    theirs, metadata = open_weights(folder)
+    arrays = gpt2_names.import_weights(theirs, config, str(folder))
+    if "model.json" in metadata:  # we have exported it
+        original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
+        arrays, config = gpt2_names.without_zero_biases(arrays, config, original)
+    with atomic_directory(target) as staging:
+        initial = RunDirectory(staging).initial_weights
+        initial.parent.mkdir()
+        save_weights(initial, arrays, config.model_dump_json())
+        manifest.write(initial.parent)
+        named = str(initial.relative_to(staging))
+        write_json(RunDirectory(staging).model_config, config.model_dump())
+        write_json(RunDirectory(staging).train_config, FINE_TUNING | {"initial_weights": named})
+    parameters = sum(array.size for array in arrays.values())
+    print(f"{target}: {parameters:,} parameters of {source}, {config.n_layers} layers, width {config.emb_dim}")
+    print(f"uv run test_generation.py {target}")
+    print(f"uv run evaluate.py {target}")
+    print(f"uv run train.py {target}    # fine-tunes it; say on what in {RunDirectory(target).train_config}")
+    return cli.DONE
+
+
+def find_folder(source: str) -> Path:
+    """Return the local folder of a GPT-2, fetched from the Hub when there is none of that name."""
+    if (folder := Path(source)).is_dir():
+        if RunDirectory(folder).train_config.is_file():
+            raise ValueError(f"{source}: is a run of ours; an import takes a folder of Hugging Face's")
+        return folder
+    if folder.exists() or not (HUB_ID.fullmatch(source) or source.isidentifier() or source.startswith("gpt2-")):
+        raise ValueError(f"{source}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of the Hub")
+    try:
+        return download_model(source)
+    except (OSError, HTTPError, ValueError) as error:
+        why = error_message(error, "model")
+        raise ValueError(f"{source}: no such folder here, and it could not be fetched from the Hub: {why}") from None
+
+
+def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Open the weights of a folder, in one file or several: arrays that are read when they are wanted, and metadata."""
+    if (folder / WEIGHTS).exists():
+        files = {WEIGHTS}
+    elif (folder / INDEX).exists():
+        files = shards(folder / INDEX)
+    else:
+        others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".h5")))
+        hint = f"; {others} is another format: load it in transformers and save_pretrained" if others else ""
+        raise ValueError(f"{folder}: expected {WEIGHTS}, or several and {INDEX}, found neither{hint}")
+    arrays: dict[str, Any] = {}
+    for file in sorted(files):
+        if found := detect_wrong_content(folder / file):
+            raise ValueError(f"{folder / file}: expected a safetensors file, got {found}")
+        more = load_weights(folder / file)
+        if twice := sorted(arrays.keys() & more.keys()):
+            raise ValueError(f"{folder / file}: has {twice[0][:100]!r}, which another file has too")
+        arrays |= more
+    return arrays, read_metadata(folder / min(files))
+
+
+def shards(index: Path) -> set[str]:
+    """Return the names of the files that an index lists, which lie beside it."""
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise ValueError(f"{index}: expected a weight_map of names to files beside it")
+    return set(files)
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
+    ours = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
+    for name in (VOCABULARY, TOKENIZER):
+        if not (folder / name).exists():
+            continue
+        theirs = read_json(folder / name, MAX_INDEX_BYTES)
+        if name == TOKENIZER:
+            theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
+        if theirs != ours:
+            raise ValueError(
+                f"{folder / name}: not GPT-2's vocabulary, the only one that we have; text would become other tokens"
+            )
+        return
+    print(f"notice: {folder} has no vocabulary, so it is not known to be GPT-2's", file=sys.stderr)
+
+
+def export_folder(source: Path, target: Path, which: str | None) -> int:
+    """Write a folder that `transformers` loads: weights, configs, tokeniser, and a model card."""
+    path = find_checkpoint(source, which)
+    model = load_saved_model(path)
+    config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
+    try:
+        described = gpt2_names.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    arrays = gpt2_names.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
+    with atomic_directory(target) as staging:
+        save_weights(staging / WEIGHTS, arrays, config.model_dump_json(), format="pt")
+        write_json(staging / CONFIG, described)
+        if is_text:
+            write_tokenizer(staging, config.context_length)
+        parameters = count_parameters(config)
+        (staging / "README.md").write_text(model_card(target, path, config, parameters), encoding="utf-8")
+    print(f"{target}: {parameters:,} parameters of {path}")
+    if is_text:
+        print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
+    return cli.DONE
+
+
+def find_checkpoint(source: Path, which: str | None) -> Path:
+    """Return the weights file of a run's checkpoint, `which` or the best, or what `find_weights` takes else."""
+    if which is None:
+        return find_weights(source)
+    folder = RunDirectory(source).checkpoints
+    if not (folder / which / WEIGHTS).is_file():
+        names = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))) or "none"
+        raise ValueError(f"{source}: no checkpoint {which!r}; there are: {names}")
+    return folder / which / WEIGHTS
+
+
+def write_tokenizer(folder: Path, context_length: int) -> None:
+    """Write GPT-2's vocabulary, and what generation and tokenising in `transformers` want to know."""
+    for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
+        shutil.copyfile(file, folder / name)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
+    write_json(folder / "generation_config.json", ids)
+    texts = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": context_length}
+    write_json(folder / "tokenizer_config.json", options | texts)
+
+
+def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int) -> str:
+    """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
+    folder = weights.resolve().parent
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    train = meta.get("train_config", {})
+    origin = f"trained with outside-in, in JAX; checkpoint `{folder.name}`" if meta else "exported by outside-in"
+    if meta and folder.parent.name == "checkpoints":
+        origin += f" of the run `{folder.parent.parent.name}`"
+    figures = {
+        "initial weights": train.get("initial_weights"),
+        "dataset": train.get("dataset"),
+        "global steps": meta.get("global_step"),
+        "tokens seen": meta.get("tokens_seen"),
+        "training loss, mean of the last period": meta.get("avg_train_loss"),
+        "validation loss": meta.get("val_loss"),
+        "peak learning rate": train.get("learning_rate"),
+        "weight decay": train.get("weight_decay"),
+        "dropout": train.get("drop_rate"),
+        "precision": train.get("precision"),
+        "seed": train.get("seed"),
+        "hours": round(meta["seconds_trained"] / 3600, 2) if "seconds_trained" in meta else None,
+        "device": meta.get("versions", {}).get("device"),
+    }
+    rows = [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {target.name}", ""]
+    lines += [
+        f"A GPT-2 of {parameters:,} parameters, {origin}: {config.n_layers} layers, {config.n_heads} heads, width "
+        f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
+        f"{'tied' if config.tied_head else 'untied'} head.",
+        "",
+        *(["| | |", "|---|---|", *rows, ""] if rows else []),
+    ]
+    call = f'model = AutoModelForCausalLM.from_pretrained("{target}")'
+    return "\n".join([*lines, "```python", "from transformers import AutoModelForCausalLM", "", call, "```", ""])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def download_model(source: str) -> Path:
+    """Fetch a model of the Hub into the client's own cache, all of one revision; return the folder there."""
+    folder = Path(hf_hub_download(source, CONFIG)).parent
+
+    def get(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(source, name, revision=folder.name))
+        except (RemoteEntryNotFoundError, LocalEntryNotFoundError) as error:
+            if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
+                raise  # the Hub cannot be asked
+            return None
+
+    get(VOCABULARY) or get(TOKENIZER)
+    if not get(WEIGHTS) and (index := get(INDEX)):
+        for name in shards(index):
+            get(name)
+    return folder

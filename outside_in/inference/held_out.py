@@ -1,0 +1,133 @@
+"""Models judged on the same held-out tokens, and on HellaSwag's questions."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from model import GPTModel, count_parameters
+from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config
+from outside_in.data import tokenizer
+from outside_in.data.loader import load_tokens
+from outside_in.data.sources import dataset_folder
+from outside_in.data.token_files import count_tokens
+from outside_in.inference.evaluation import num_windows, standard_error, windowed_losses
+from outside_in.inference.hellaswag import Question, answer, count_longer, read_questions
+from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.runtime import cli
+from outside_in.runtime.mesh import describe_devices
+from outside_in.storage.run_directory import RunDirectory
+from outside_in.weights import read_model_json
+
+BLOCK = 1024  # tokens that count as one measurement, since neighbours are alike
+TOKENS_PER_BATCH = 8192
+MAX_EXPONENT = 700  # e to a larger power is beyond float64
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Evaluate the models of `evaluate.py`'s arguments; return which tokens they share, and a record of each."""
+    files = [find_weights(path) for path in args.models]
+    questions = read_questions(args.hellaswag) if args.hellaswag else None
+    subject, tokens = None, None
+    if args.dataset or not questions:
+        subject, tokens = read_tokens(args, files)
+    cli.say(describe_devices())
+    rows: list[dict[str, Any]] = []
+    first = None
+    for path, file in zip(args.models, files, strict=True):
+        model = load_saved_model(file)
+        rows.append({"model": str(path), "weights": str(file), "parameters": count_parameters(model.config)})
+        if tokens is not None:
+            losses = losses_of(model, tokens, args)
+            check_finite(path, losses)
+            rows[-1] |= summary(losses, first, count_bytes(model, tokens))
+            first = losses if first is None else first
+        if questions:
+            rows[-1] |= hellaswag(path, model, questions)
+    return subject, rows
+
+
+def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, Any], np.ndarray]:
+    """Load the tokens that all models are judged on; also return which they are."""
+    vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
+    dataset = args.dataset or dataset_of(args.models[0])
+    path = dataset_folder(dataset) / f"{args.split}.safetensors"
+    wanted = count_tokens(path) - args.start_token if args.tokens is None else args.tokens + 1
+    if wanted < 2:
+        raise ValueError(f"{path}: expected tokens after --start-token {args.start_token:,}; it has fewer")
+    tokens = np.asarray(load_tokens(path, vocab_size, args.start_token, wanted))
+    subject = {"dataset": dataset, "split": args.split, "start_token": args.start_token, "tokens": len(tokens) - 1}
+    return subject | {"stride": args.stride}, tokens
+
+
+def dataset_of(path: Path) -> str:
+    """Name the dataset of the run that a path belongs to."""
+    for folder in (path, *path.absolute().parents[:3]):
+        if (file := RunDirectory(folder).train_config).is_file():
+            config = load_config(file, TrainConfig)
+            if config.objective != "next-token":
+                raise ValueError(f"{file}: trained {config.objective}, not to predict; name other tokens by --dataset")
+            return config.dataset
+    raise ValueError(f"{path}: is in no run, whose dataset would be taken; name one by --dataset")
+
+
+def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """Return the loss of every token but the first, (tokens,), float32."""
+    length = model.config.context_length
+    if args.stride and args.stride > length:
+        raise ValueError(f"--stride: expected at most the context, {length:,} tokens, got {args.stride:,}")
+    most = num_windows(len(tokens) - 1, length, args.stride or length)
+    windows = min(args.batch or max(1, TOKENS_PER_BATCH // length), most)
+    parts = []
+    with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        for part in windowed_losses(model, tokens, stride=args.stride, windows_per_batch=windows):
+            parts.append(part)
+            bar.update(len(part))
+    return np.concatenate(parts)
+
+
+def count_bytes(model: GPTModel, tokens: np.ndarray) -> int:
+    """Count the bytes of the text to predict; 0 when the model's tokens are not GPT-2's."""
+    return tokenizer.count_bytes(tokens[1:]) if tokenizer.is_gpt2(model.config.vocab_size) else 0
+
+
+def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dict[str, float | None]:
+    """Return mean loss, perplexity and bits per byte, with what they may be off by, and against the first model's."""
+    loss, row = losses.mean(dtype=np.float64).item(), {}
+    if first is not None:
+        difference = losses - first
+        row["difference"] = difference.mean(dtype=np.float64).item()
+        row["difference_error"] = standard_error(difference, BLOCK)
+    return row | {
+        "loss": loss,
+        "loss_error": standard_error(losses, BLOCK),
+        "perplexity": math.exp(loss) if loss < MAX_EXPONENT else None,
+        "bits_per_byte": losses.sum(dtype=np.float64).item() / math.log(2) / num_bytes if num_bytes else None,
+    }
+
+
+def check_finite(path: Path, losses: np.ndarray) -> None:
+    """Raise RuntimeError when a model cannot be judged."""
+    if bad := int((~np.isfinite(losses)).sum()):
+        raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be judged")
+
+
+def hellaswag(path: Path, model: GPTModel, questions: list[Question]) -> dict[str, float | int | None]:
+    """Return how many questions a model answers as it should."""
+    if not tokenizer.is_gpt2(model.config.vocab_size):
+        raise ValueError(f"--hellaswag: {path}: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+    if longer := count_longer(questions, model.config.context_length):
+        print(f"notice: {path}: {longer:,} of {len(questions):,} questions are longer than its context, and cut")
+    right = np.zeros(2, int)
+    with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
+        for number, per_token, whole in answer(model, questions):
+            check_finite(path, whole)
+            right += np.array([per_token.argmin(), whole.argmin()]) == questions[number].label
+            bar.update()
+    share, unnormalized = (right / len(questions)).tolist()
+    error = (share * (1 - share) / (len(questions) - 1)) ** 0.5 if len(questions) > 1 else None
+    named = {"hellaswag": share, "hellaswag_error": error, "hellaswag_not_normalized": unnormalized}
+    return named | {"hellaswag_questions": len(questions), "hellaswag_cut": longer}
