@@ -24,10 +24,11 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 
 from outside_in.runtime import processes
+from outside_in.runtime.log import log
 from outside_in.storage import manifest
 from outside_in.storage.atomic import fsync, fsync_tree
 from outside_in.storage.strict_json import read_json
-from outside_in.weights import check_forms, host_arrays, load_weights, match, named_arrays, save_weights
+from outside_in.weights import check_structure, fill_like, host_arrays, load_weights, named_arrays, save_weights
 
 NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -58,6 +59,11 @@ class Checkpoint:
         return meta
 
     @property
+    def is_validated(self) -> bool:
+        """Whether it was validated and sampled when it was saved, as far as it says so."""
+        return self.meta.get("is_milestone", True)
+
+    @property
     def is_best(self) -> bool:
         """Whether it was the best when it was saved; False when its meta file is damaged."""
         try:
@@ -84,23 +90,16 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str]]:
-    """Choose the checkpoint to go on from: the newest good one, or `which` ("best", "latest" or a name).
+def select_checkpoint(folder: Path, which: str | None) -> Checkpoint | None:
+    """Return the newest good checkpoint, or `which` ("best", "latest" or a name); None when there are none yet.
 
-    Returns it (None: there are none yet), and a line for every newer, damaged one, which is renamed so that it no
-    longer counts and can be looked at: only for the holder of the run's lock.
+    Newer ones that are damaged are renamed, with a warning, so that they no longer count and can be looked at: only for
+    the holder of the run's lock.
     Raises ValueError when the one asked for is missing or damaged, or all are damaged, or one cannot be read just now.
     """
     checkpoints = find_checkpoints(folder)
     if which is not None:
-        wanted = [c for c in checkpoints if c.path.name == which or (which == "best" and c.is_best)]
-        if which == "latest":
-            wanted = checkpoints
-        if not wanted:
-            names = ", ".join(c.path.name for c in checkpoints) or "none yet"
-            raise ValueError(f"{folder}: no checkpoint {which!r}; there are: {names}")
-        verify(wanted[-1])
-        return wanted[-1], []
+        return _named(folder, checkpoints, which)
     damaged: list[tuple[Checkpoint, ValueError]] = []
     for checkpoint in reversed(checkpoints):
         try:
@@ -110,58 +109,66 @@ def choose(folder: Path, which: str | None) -> tuple[Checkpoint | None, list[str
                 raise  # it may well be whole; when this process may read it again, it shall still be the newest
             damaged.append((checkpoint, error))
         else:
-            return checkpoint, [_set_aside(bad, error) for bad, error in damaged]
+            for bad, error in damaged:
+                _set_aside(bad, error)
+            return checkpoint
     if damaged:  # they keep their names: a start from the beginning is for the user to decide
         raise ValueError(f"{damaged[0][1]}; no good checkpoint is left: move {folder} away to start again")
-    return None, []
+    return None
 
 
-def _set_aside(checkpoint: Checkpoint, error: ValueError) -> str:
+def _named(folder: Path, checkpoints: list[Checkpoint], which: str) -> Checkpoint:
+    wanted = [c for c in checkpoints if which == "latest" or c.path.name == which or (which == "best" and c.is_best)]
+    if not wanted:
+        names = ", ".join(c.path.name for c in checkpoints) or "none yet"
+        raise ValueError(f"{folder}: no checkpoint {which!r}; there are: {names}")
+    verify(wanted[-1])
+    return wanted[-1]
+
+
+def _set_aside(checkpoint: Checkpoint, error: ValueError) -> None:
     aside = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
     while aside.exists():
         aside = aside.with_name(f"{aside.name}-again")
     checkpoint.path.rename(aside)
-    settle(aside.parent)
-    return f"passing over a damaged checkpoint: {error}; kept as {aside.name}"
+    repair_links_and_prune(aside.parent)
+    log.warning(f"passing over a damaged checkpoint: {error}; kept as {aside.name}")
 
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A model's parameters and its optimiser's state as they were at one moment, whatever training does to them next.
-
-    Both by dot-joined paths.
-    """
+    """A model's parameters and its optimizer's state at one moment, by dot-joined paths; training may go on."""
 
     weights: dict[str, np.ndarray]
-    optimizer: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]  # empty where `staging` has it already
+    staging: Path | None = None  # the folder that `save` finishes, where several processes have begun it
 
 
 def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
-    """Copy what a checkpoint holds; where there are several processes, the optimiser's state is left to `stage`."""
-    own = {} if processes.are_several() else host_arrays(nnx.state(optimizer))
-    return HostCopy(host_arrays(nnx.state(model)), own)
+    """Copy what a checkpoint holds to the host."""
+    return HostCopy(host_arrays(nnx.state(model)), host_arrays(nnx.state(optimizer)))
 
 
-def stage(folder: Path, optimizer: nnx.Optimizer, global_step: int) -> Path | None:
-    """Write the optimiser's state of several processes, all of them together, where `save` goes on; else None."""
-    if not processes.are_several():
-        return None
-    staging = folder / f"{STAGING}iteration-{global_step}"
-    with processes.together():
-        if processes.is_first():
-            _make(folder)
-            remove_staging(folder)
-            staging.mkdir()
-    arrays: Any = named_arrays(nnx.state(optimizer))
-    with processes.together(), _told_by_the_system(staging):
-        ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), arrays)
-    return staging
+def snapshot(folder: Path, model: nnx.Module, optimizer: nnx.Optimizer, global_step: int) -> HostCopy:
+    """Copy what a checkpoint holds; several processes write the optimizer's state to the disk at once.
+
+    To be called by all of them; `save` is the main process's alone.
+    """
+    if not processes.is_distributed():
+        return copy_to_host(model, optimizer)
+    weights, staging = host_arrays(nnx.state(model)), folder / f"{STAGING}iteration-{global_step}"
+    processes.on_main_process(_make_staging, folder, staging)
+    with processes.propagate_errors(), _told_by_the_system(staging):
+        _write_optimizer(staging, named_arrays(nnx.state(optimizer)))
+    return HostCopy(weights, {}, staging)
 
 
-def _make(folder: Path) -> None:
+def _make_staging(folder: Path, staging: Path) -> None:
     if not folder.exists():
         folder.mkdir()
         fsync(folder.parent)
+    remove_staging(folder)
+    staging.mkdir()
 
 
 @contextlib.contextmanager
@@ -175,19 +182,15 @@ def _told_by_the_system(path: Path) -> Iterator[None]:
         raise
 
 
-def save(
-    folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str, staged: Path | None = None
-) -> Checkpoint:
+def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
     """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`.
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
-    _make(folder)
     name = _next_name(find_checkpoints(folder), meta["global_step"])
-    staging = staged or folder / f"{STAGING}{name}"
-    if staged is None:
-        remove_staging(folder)
-        staging.mkdir()
+    staging = state.staging or folder / f"{STAGING}{name}"
+    if state.staging is None:
+        _make_staging(folder, staging)
     try:
         with _told_by_the_system(staging):
             _write(staging, state, meta, model_json)
@@ -201,14 +204,17 @@ def save(
     return Checkpoint(folder / name)
 
 
-def _write(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
-    save_weights(folder / MODEL_FILE, state.weights, model_json)
-    optimizer: Any = state.optimizer
-    if not (folder / OPTIMIZER_FOLDER).exists():
-        ocp.save(str((folder / OPTIMIZER_FOLDER).absolute()), optimizer)
-    (folder / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
-    manifest.write(folder)
-    fsync_tree(folder)
+def _write(staging: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
+    save_weights(staging / MODEL_FILE, state.weights, model_json)
+    if state.staging is None:
+        _write_optimizer(staging, state.optimizer)
+    (staging / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")
+    manifest.write(staging)
+    fsync_tree(staging)
+
+
+def _write_optimizer(staging: Path, arrays: Any) -> None:
+    ocp.save(str((staging / OPTIMIZER_FOLDER).absolute()), arrays)
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -218,34 +224,34 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-    """Put a verified checkpoint's arrays into a model and its optimiser.
+    """Put a verified checkpoint's arrays into a model and its optimizer.
 
     Raises ValueError when names, shapes or dtypes differ from theirs; then both are as they were.
     """
     path = checkpoint.path
-    new_weights = match(nnx.state(model), load_weights(path / MODEL_FILE), path / MODEL_FILE)
+    new_weights = fill_like(nnx.state(model), load_weights(path / MODEL_FILE), path / MODEL_FILE)
     stored: Any = ocp.metadata(str((path / OPTIMIZER_FOLDER).absolute())).metadata
     try:
-        check_forms(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
+        check_structure(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
     except ValueError as error:
         raise ValueError(
             f"{error}: the optimizer has changed since, so this run cannot be resumed; to train on from its weights, "
             f'start a new run with "initial_weights": "{path / MODEL_FILE}" in its train.json'
         ) from None
-    new_state = match(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)
+    new_state = fill_like(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)
     nnx.update(model, new_weights)
     nnx.update(optimizer, new_state)
 
 
 def read(checkpoint: Checkpoint) -> HostCopy:
     """Read the arrays of a verified checkpoint, without a model to put them into."""
-    weights = load_weights(checkpoint.path / MODEL_FILE)
-    arrays = weights, _load_optimizer(checkpoint)
-    return HostCopy(*({name: np.asarray(array) for name, array in part.items()} for part in arrays))
+    stored = load_weights(checkpoint.path / MODEL_FILE), _load_optimizer(checkpoint)
+    weights, optimizer = ({name: np.asarray(array) for name, array in arrays.items()} for arrays in stored)
+    return HostCopy(weights, optimizer)
 
 
 def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Load the optimiser's state on the host, whatever devices it was saved from."""
+    """Load the optimizer's state on the host, whatever devices it was saved from."""
     path = str((checkpoint.path / OPTIMIZER_FOLDER).absolute())
     stored: Any = ocp.metadata(path).metadata
     on_host: Any = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
@@ -266,7 +272,7 @@ def prune(folder: Path, keep: int | None) -> None:
             shutil.rmtree(doomed)
 
 
-def settle(folder: Path, keep: int | None = None) -> None:
+def repair_links_and_prune(folder: Path, keep: int | None = None) -> None:
     """Do what a kill after a commit has left undone: both links, and pruning as `prune` does it.
 
     Also removes what is half-written, so only for the holder of the run's lock.

@@ -28,7 +28,7 @@ from outside_in.weights import named_arrays
 INIT_STD = 0.02
 # GPT-2's tanh form. For the backward pass it is computed again: what it would keep is larger than its input.
 gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
-Attend = Callable[
+AttentionFn = Callable[
     [jax.Array, jax.Array, jax.Array], jax.Array
 ]  # queries, keys and values to what is mixed, all (B, T, N, H)
 
@@ -65,19 +65,19 @@ class CausalSelfAttention(nnx.Module):
         self.drop_rate = drop_rate
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention
+        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: AttentionFn = causal_attention
     ) -> jax.Array:
         """Mix (B, T, D); GPT-2 has no use for the positions here, rotary embeddings would."""
         batch, length, width = x_BTD.shape
         heads = (batch, length, self.n_heads, width // self.n_heads)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
         if dropout is None or self.drop_rate == 0:
-            mixed_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
+            attended_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
         else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
             weights_BNTT = causal_weights(q_BTNH, k_BTNH)
             weights_BNTT = dropout(weights_BNTT, self.drop_rate).astype(v_BTNH.dtype)
-            mixed_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
-        return self.output(mixed_BTNH.reshape(x_BTD.shape))
+            attended_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
+        return self.output(attended_BTNH.reshape(x_BTD.shape))
 
 
 class FeedForward(nnx.Module):
@@ -104,7 +104,7 @@ class Block(nnx.Module):
         self.drop_rate = drop_rate
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: Attend = causal_attention
+        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: AttentionFn = causal_attention
     ) -> jax.Array:
         normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         x_BTD = self._add(x_BTD, self.attention(normed_BTD, positions_T, dropout, attend), dropout)
@@ -192,7 +192,7 @@ class GPTModel(nnx.Module):
         dropout: Dropout | None = None,
         *,
         first_position: int | jax.Array = 0,
-        attend: Attend = causal_attention,
+        attend: AttentionFn = causal_attention,
     ) -> Iterator[tuple[str, jax.Array]]:
         """Yield the hidden states (B, T, D), float32, after each stage, with its name.
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from outside_in.data.prepare import description as data_description
 from outside_in.data.prepare import pipeline
-from outside_in.data.prepare.documents import HubDataset, Reading, find_files
+from outside_in.data.prepare.documents import HubDataset, ReadOptions, find_files
 from outside_in.runtime import cli
-from outside_in.runtime.cli import say
+from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest, listening
 
 
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         [*find_files(args.text)] if args.text else [HubDataset(args.hub, args.config, args.split)]
     )
     options = pipeline.Options(
-        reading=Reading(args.field, args.separator, args.errors),
+        reading=ReadOptions(args.field, args.separator, args.errors),
         validation=args.validation,
         limit_tokens=args.limit_tokens,
         shuffle=args.shuffle,
@@ -45,18 +45,18 @@ def main(args: argparse.Namespace) -> int:
     try:
         with (
             closing(pipeline.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
-            listening(stop, "stopping; a second Ctrl-C leaves at once", "left at once; the same command goes on"),
+            listening(stop, "stopping; a second Ctrl-C leaves at once", "left at once; the same command resumes"),
         ):
             return prepare(preparation, args.workers, stop)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RuntimeError(f"{args.folder}: no space left; free some, and the same command goes on") from error
+        raise RuntimeError(f"{args.folder}: no space left; free some, and the same command resumes") from error
 
 
 def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) -> int:
     if preparation.goes_on:
-        say(f"going on after {preparation.progress.documents:,} documents")
+        log.info(f"resuming after {preparation.progress.documents:,} documents")
     sizes = [source.size_bytes or 0 for source in preparation.sources]
     with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
@@ -67,7 +67,7 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
 
         preparation.read(workers, lambda: bool(stop), show)
     if stop:
-        say(f"stopped after {preparation.progress.documents:,} documents; the same command goes on")
+        log.info(f"stopped after {preparation.progress.documents:,} documents; the same command resumes")
         return stop.exit_code
 
     def searched(_: int) -> None:
@@ -75,12 +75,12 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
             raise InterruptedError
 
     try:
-        description = preparation.finish(say, searched)
+        description = preparation.finish(searched)
     except InterruptedError:
-        say("stopped; the same command completes it")
+        log.info("stopped; the same command completes it")
         return stop.exit_code
     print(*data_description.lines(description), sep="\n")
-    say(f'{preparation.out} is ready: say "dataset": "{preparation.out}" in a run\'s train.json')
+    log.info(f'{preparation.out} is ready: say "dataset": "{preparation.out}" in a run\'s train.json')
     return cli.DONE
 
 

@@ -27,7 +27,7 @@ from outside_in.reports import markdown
 from outside_in.runtime import cli
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
-from outside_in.training.state import ABOUT_TO_STEP
+from outside_in.training.loop import ABOUT_TO_STEP
 
 TRAIN = Path(__file__).with_name("train.py")
 PHASES = ("starting", "stepping", "saving")

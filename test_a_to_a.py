@@ -22,9 +22,9 @@ Now wherefore stopp'st thou me?"""
 def main(args: argparse.Namespace) -> int:
     from outside_in.data import tokenizer
     from outside_in.inference.load import find_weights, load_saved_model
-    from outside_in.runtime.mesh import describe_devices
+    from outside_in.runtime.devices import initialize_devices
 
-    describe_devices()
+    initialize_devices()
     model = load_saved_model(find_weights(args.model))
     token_ids = tokenizer.encode(args.text)
     if not token_ids:

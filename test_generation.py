@@ -16,9 +16,9 @@ def main(args: argparse.Namespace) -> int:
     from outside_in.data import tokenizer
     from outside_in.inference.generation import Sampling, generate, stream
     from outside_in.inference.load import find_weights, load_saved_model
-    from outside_in.runtime.mesh import describe_devices
+    from outside_in.runtime.devices import initialize_devices
 
-    describe_devices()
+    initialize_devices()
     path = find_weights(args.model)
     model = load_saved_model(path)
     prompt_ids = tokenizer.encode(args.prompt)

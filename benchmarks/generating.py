@@ -30,7 +30,7 @@ from model import GPTModel
 from outside_in.inference.generation import generate
 from outside_in.inference.load import find_weights, load_saved_model
 from outside_in.runtime import cli
-from outside_in.runtime.mesh import describe_devices
+from outside_in.runtime.devices import initialize_devices
 
 GREEDY_TOKENS = 50
 TOLERANCE = 1e-4
@@ -48,7 +48,7 @@ def likeliest(model: GPTModel, tokens_BT: jax.Array, last: jax.Array) -> jax.Arr
 
 
 def main(args: argparse.Namespace) -> int:
-    describe_devices()
+    initialize_devices()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     ours = load_saved_model(find_weights(args.ours))
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(args.exported).eval()

@@ -15,7 +15,7 @@ from shapes import split_arguments
 
 from outside_in.runtime import cli
 
-LARGEST_DIFFERENCE = 1e-3  # nats, in float32; over twenty steps in which losses fall by several
+MAX_DIFFERENCE = 1e-3  # nats, in float32; over twenty steps in which losses fall by several
 
 
 def main(args: argparse.Namespace, both: list[str]) -> int:
@@ -28,8 +28,8 @@ def main(args: argparse.Namespace, both: list[str]) -> int:
     print("step     first    second  difference")
     for step, row in enumerate(zip(first, second, differences, strict=True)):
         print("{:4}  {:8.5f}  {:8.5f}  {:.1e}".format(step, *row))
-    is_same = all(difference <= LARGEST_DIFFERENCE for difference in differences)  # with NaN it is not
-    print(f"largest difference {max(differences):.1e}, allowed {LARGEST_DIFFERENCE:.0e}")
+    is_same = all(difference <= MAX_DIFFERENCE for difference in differences)  # with NaN it is not
+    print(f"largest difference {max(differences):.1e}, allowed {MAX_DIFFERENCE:.0e}")
     return cli.DONE if is_same else cli.FAILED
 
 

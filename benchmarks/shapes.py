@@ -35,7 +35,7 @@ SCHEDULE_STEPS = 40  # two of warm-up; the first twenty see half of the cosine
 RANDOM_STEPS = 64  # global steps until random tokens are repeated
 PRODUCT_SIZES = {"cpu": 2048, "gpu": 8192}  # large enough for the best rate
 PRODUCTS = 7
-FEWEST_STEPS = 3  # with one step ahead the first and the last take too long and too short, by what dispatching takes
+MIN_STEPS = 3  # with one step ahead the first and the last take too long and too short, by what dispatching takes
 
 
 class Contender(Protocol):
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace, build: Callable[[argparse.Namespace, ModelConf
     There is one round, or one for each number that standard input brings, until it ends.
     """
     model, train = configs(args)
-    if args.steps < FEWEST_STEPS:
-        raise ValueError(f"the arguments: --steps: expected at least {FEWEST_STEPS}, got {args.steps}")
+    if args.steps < MIN_STEPS:
+        raise ValueError(f"the arguments: --steps: expected at least {MIN_STEPS}, got {args.steps}")
     began = time.perf_counter()
     contender = build(args, model, train)
     losses, _, _ = time_steps(contender, 1)

@@ -20,14 +20,14 @@ from safetensors.numpy import save_file
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import cli
-from outside_in.runtime.mesh import describe_devices
+from outside_in.runtime.devices import initialize_devices
 from outside_in.train_step import compile_train_step, steps_ahead
 from outside_in.weights import host_arrays
 
 
 class Ours:
     def __init__(self, args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> None:
-        describe_devices()  # and keep freed memory, as programs of ours do
+        initialize_devices()  # and keep freed memory, as programs of ours do
         self.config, self.train, self.steps_ahead = config, train, steps_ahead()
         self.stream = in_jax.make_stream(args, config, train)
         self.model = in_jax.make_model(args, config, train)
@@ -49,7 +49,7 @@ class Ours:
         return reports, time.perf_counter() - began
 
     def loss(self, started: Any) -> float:
-        return float(np.mean([report["loss"] for report in jax.device_get(started)]))
+        return float(np.mean([report.loss for report in jax.device_get(started)]))
 
     def product(self, size: int) -> Callable[[], Any]:
         return in_jax.product(size, self.train.precision)

@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from outside_in.data.prepare.documents import Reading, find_files
+from outside_in.data.prepare.documents import ReadOptions, find_files
 from outside_in.data.prepare.pipeline import Options, Preparation
 from outside_in.data.tokenizer import gpt2_encoding
 from outside_in.runtime import cli
@@ -20,7 +20,7 @@ from outside_in.runtime import cli
 
 def main(args: argparse.Namespace) -> int:
     files = find_files(args.text)
-    texts = [text for file in files for text, _ in file.documents(Reading(args.field), 0)]
+    texts = [text for file in files for text, _ in file.documents(ReadOptions(args.field), 0)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ratios, ours, bare = [], [], []
     for _ in range(args.pairs):
@@ -29,7 +29,9 @@ def main(args: argparse.Namespace) -> int:
         between = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            with closing(Preparation(out, list(files), Options(Reading(args.field)), overwrite=False)) as preparation:
+            with closing(
+                Preparation(out, list(files), Options(ReadOptions(args.field)), overwrite=False)
+            ) as preparation:
                 preparation.read(args.workers, lambda: False, lambda *_: None)
         bare.append(megabytes / (between - began))
         ours.append(megabytes / (time.perf_counter() - between))

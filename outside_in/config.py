@@ -77,9 +77,9 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def heads_divide_the_embedding(self) -> Self:
         if self.emb_dim % self.n_heads:
-            fitting = max(1, self.emb_dim // self.n_heads) * self.n_heads
+            divisors = max(1, self.emb_dim // self.n_heads) * self.n_heads
             raise ValueError(
-                f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}; use {fitting} or change n_heads"
+                f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}; use {divisors} or change n_heads"
             )
         return self
 
@@ -175,10 +175,10 @@ def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) ->
     """
     size = train.microbatch_size * devices
     if sequences % size:
-        fitting = [number for number in range(1, sequences + 1) if sequences % number == 0]
-        sizes = ", ".join(str(number // devices) for number in fitting if number % devices == 0)
+        divisors = [number for number in range(1, sequences + 1) if sequences % number == 0]
+        sizes = ", ".join(str(number // devices) for number in divisors if number % devices == 0)
         counts = ", ".join(
-            str(number // train.microbatch_size) for number in fitting if number % train.microbatch_size == 0
+            str(number // train.microbatch_size) for number in divisors if number % train.microbatch_size == 0
         )
         raise ValueError(
             f"a global step of this run has {sequences} sequences, which microbatches of {train.microbatch_size} on "

@@ -92,26 +92,33 @@ def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.G
     multi_steps = optax.MultiSteps(inner, every_k_schedule=calls)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        is_first = state.mini_step == 0
-        fresh = jax.tree.map(lambda total: jnp.where(is_first, 0, total), state.acc_grads)
+        is_main_process = state.mini_step == 0
+        fresh = jax.tree.map(lambda total: jnp.where(is_main_process, 0, total), state.acc_grads)
         return multi_steps.update(updates, state._replace(acc_grads=fresh), params)
 
     return optax.GradientTransformation(multi_steps.init, update)
 
 
-def update_report(optimizer: nnx.Optimizer, config: TrainConfig) -> dict[str, jax.Array]:
-    """Say what the newest global step did to the parameters: scalars, still on the device.
+class UpdateReport(NamedTuple):
+    """What the newest global step did to the parameters: scalars, on the device."""
 
-    `gradient_norm` is taken before clipping; `learning_rate` is the schedule's value for this global step;
-    `rejected_updates` counts since the start of the run, `consecutive_rejections` up to now.
-    """
+    learning_rate: Any  # the schedule's value for this global step
+    gradient_norm: Any  # before clipping
+    clipped: Any
+    rejected: Any
+    rejected_updates: Any  # since the start of the run
+    consecutive_rejections: Any  # up to now
+
+
+def update_report(optimizer: nnx.Optimizer, config: TrainConfig) -> UpdateReport:
+    """Read off an optimizer's state what its newest global step did."""
     state = nnx.as_pure(optimizer.opt_state)
     norm, is_accepted = (optax.tree.get(state, name) for name in ("gradient_norm", "last_finite"))
-    return {
-        "learning_rate": optax.tree.get(state, "hyperparams")["learning_rate"],
-        "gradient_norm": norm,
-        "clipped": is_accepted & (norm > _max_norm(config)),
-        "rejected": ~is_accepted,
-        "rejected_updates": optax.tree.get(state, "total_notfinite"),
-        "consecutive_rejections": optax.tree.get(state, "notfinite_count"),
-    }
+    return UpdateReport(
+        learning_rate=optax.tree.get(state, "hyperparams")["learning_rate"],
+        gradient_norm=norm,
+        clipped=is_accepted & (norm > _max_norm(config)),
+        rejected=~is_accepted,
+        rejected_updates=optax.tree.get(state, "total_notfinite"),
+        consecutive_rejections=optax.tree.get(state, "notfinite_count"),
+    )

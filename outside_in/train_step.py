@@ -4,9 +4,9 @@ Both are compiled ahead of their first call, once in a run: so it is known what 
 arguments of another form are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import GPTModel
 from outside_in.config import TrainConfig
-from outside_in.data.loader import Batch
+from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.layers.dropout import Dropout
-from outside_in.optimizer import update_report
-from outside_in.runtime.mesh import AXES, DATA, FSDP, array_shardings, array_spec, give_back_freed_memory, one_device
+from outside_in.optimizer import UpdateReport, update_report
+from outside_in.runtime.devices import give_back_freed_memory
+from outside_in.runtime.mesh import AXES, DATA, FSDP, array_shardings, array_spec, one_device
 from outside_in.weights import named_arrays
 
 NORM_SCALE = 2.0**-100  # squares of what float32 can hold, times this, can be added up in float32
+
+
+class GradientDiagnostics(NamedTuple):
+    """What tells where a gradient stopped being finite; norms are in the order of `weights.named_arrays`."""
+
+    losses: jax.Array  # (A,), of each microbatch
+    gradient_norms: jax.Array  # (P,), of each parameter
+    scaled_norms: jax.Array  # (P,), times NORM_SCALE, where one of those is not finite; else 0
+
+
+class StepReport(NamedTuple):
+    """What one call of the training step returns."""
+
+    loss: jax.Array  # mean of the call
+    update: UpdateReport
+    diagnostics: GradientDiagnostics
 
 
 @partial(nnx.jit, static_argnames=("config", "mesh"), donate_argnames=("model", "optimizer"))
@@ -34,11 +51,10 @@ def train_step(
     seed_key: jax.Array,
     config: TrainConfig,
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> StepReport:
     """Train on the microbatches of one call; the last call of a global step updates the parameters.
 
-    Returns the mean `loss` of the call, what `optimizer.update_report` says after it, `evidence` for the case that the
-    update was rejected, and the largest `wish` of all devices; all on the device.
+    Returns its report, on the device.
     """
     mesh = mesh or one_device()
     loss, grads, losses_A = mean_gradient(model, batch, seed_key, mesh)
@@ -46,8 +62,7 @@ def train_step(
     for module in (model, optimizer):  # what comes out lies where it came from
         state = nnx.state(module)
         nnx.update(module, jax.lax.with_sharding_constraint(state, array_shardings(state, mesh)))
-    wish = batch.wishes.max()
-    report = {"loss": loss, **update_report(optimizer, config), "evidence": evidence(losses_A, grads), "wish": wish}
+    report = StepReport(loss, update_report(optimizer, config), gradient_diagnostics(losses_A, grads))
     return jax.lax.with_sharding_constraint(report, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -61,7 +76,9 @@ def eval_step(model: GPTModel, inputs_BT: jax.Array, targets_BT: jax.Array, mesh
         loss = nnx.merge(graph, state).loss(inputs_BT, targets_BT)
         return jax.lax.all_gather(loss, AXES)
 
-    return _over(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(state, inputs_BT, targets_BT)
+    return shard_map_with_gather(mesh, on_device, [PartitionSpec(AXES)] * 2, PartitionSpec())(
+        state, inputs_BT, targets_BT
+    )
 
 
 class Compiled:
@@ -112,18 +129,9 @@ def compile_eval_step(
     return Compiled("evaluation step", eval_step, model, inputs_BT, targets_BT, mesh)
 
 
-def place_batch(batch: Batch, mesh: Mesh, wish: int = 0) -> Batch:
-    """Put the arrays of a call on the devices: each gets its sequences of every microbatch, and this process's wish.
-
-    Every process brings the sequences of its own devices.
-    """
-    own_devices = len(mesh.local_devices)
-    batch = batch._replace(wishes=np.full(own_devices, wish, np.uint32))
-    sequences = PartitionSpec(None, AXES)
-    specs = Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES))
-    return Batch(
-        *(jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array) for array, spec in zip(batch, specs))
-    )
+def mean_loss_of_calls(reports: Sequence[StepReport]) -> float:
+    """Wait for the calls of a global step, and return their mean loss."""
+    return float(np.mean(jax.device_get([report.loss for report in reports]), dtype=np.float64))
 
 
 def steps_ahead() -> int:
@@ -154,18 +162,19 @@ def mean_gradient(
     graph, state = nnx.split(model)
 
     def on_device(state: nnx.State, batch: Batch, seed_key: jax.Array) -> tuple[jax.Array, nnx.State, jax.Array]:
-        grads, losses_A = _add_up(nnx.merge(graph, state), batch, seed_key, mesh.devices.size)
+        grads, losses_A = accumulate_microbatches(nnx.merge(graph, state), batch, seed_key, mesh.devices.size)
         losses_A = jax.lax.pmean(losses_A, AXES)
-        return losses_A.mean(), jax.tree.map(partial(_reduced, mesh=mesh), grads), losses_A
+        return losses_A.mean(), jax.tree.map(partial(reduce_gradient, mesh=mesh), grads), losses_A
 
     specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), nnx.state(model, nnx.Param))
-    sequences = PartitionSpec(None, AXES)
-    given = [Batch(sequences, sequences, PartitionSpec(), PartitionSpec(AXES)), PartitionSpec()]
+    given = [BATCH_SPECS, PartitionSpec()]
     out = PartitionSpec(), specs, PartitionSpec()
-    return _over(mesh, on_device, given, out)(state, batch, seed_key)
+    return shard_map_with_gather(mesh, on_device, given, out)(state, batch, seed_key)
 
 
-def _over(mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any) -> Callable[..., Any]:
+def shard_map_with_gather(
+    mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any
+) -> Callable[..., Any]:
     """Let each device compute its share: `on_device` gets whole parameters, and its part of the other arguments."""
 
     def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -183,7 +192,7 @@ def _over(mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_sp
     return apply
 
 
-def _reduced(grad: jax.Array, mesh: Mesh) -> jax.Array:
+def reduce_gradient(grad: jax.Array, mesh: Mesh) -> jax.Array:
     """Add up a gradient over all devices; each keeps its part, where the parameter is spread."""
     spec = array_spec(grad.shape, mesh)
     if not len(spec):
@@ -192,7 +201,9 @@ def _reduced(grad: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.psum(part, DATA)
 
 
-def _add_up(model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int) -> tuple[nnx.State, jax.Array]:
+def accumulate_microbatches(
+    model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int
+) -> tuple[nnx.State, jax.Array]:
     """Add up the gradients of this device's sequences, one microbatch after the other, as its share of the mean.
 
     Also returns the loss of each microbatch, (A,).
@@ -262,12 +273,11 @@ def backward_order(model: GPTModel) -> list[str]:
 _BACKWARD_ORDERS: dict[nnx.GraphDef, list[str]] = {}  # of each form of model that was asked for
 
 
-def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
-    """Return what tells where a gradient stopped being finite: the loss of each microbatch and gradient norms.
+def gradient_diagnostics(losses_A: jax.Array, grads: nnx.State) -> GradientDiagnostics:
+    """Return the norms of all gradients, and the same scaled where one is not finite.
 
-    The losses are (A,), the norms (P,), in the order of `weights.named_arrays`. Where one call is a global step, the
-    optimizer needs the same sums, and XLA takes them once. When a norm is not finite, `scaled_norms` tells whether a
-    gradient is not, or only the sum of squares was too large for float32: they are norms times `NORM_SCALE`.
+    Where one call is a global step, the optimizer needs the same sums, and XLA takes them once. The scaled norms tell
+    whether a gradient is not finite, or only the sum of squares was too large for float32.
     """
     arrays = list(named_arrays(grads).values())
 
@@ -276,4 +286,4 @@ def evidence(losses_A: jax.Array, grads: nnx.State) -> dict[str, jax.Array]:
 
     norms_P = norms(1.0)
     scaled_P = jax.lax.cond(jnp.isfinite(norms_P).all(), lambda: jnp.zeros_like(norms_P), lambda: norms(NORM_SCALE))
-    return {"losses": losses_A, "gradient_norms": norms_P, "scaled_norms": scaled_P}
+    return GradientDiagnostics(losses_A, norms_P, scaled_P)

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from outside_in.runtime.processes import fetch, put
+from outside_in.runtime.processes import device_put_global, gather_to_host, is_main_process
 from outside_in.storage.safetensors_file import open_tensors
 from outside_in.storage.strict_json import MAX_BYTES
+
+M = TypeVar("M", bound=nnx.Module)
 
 DTYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{kind}{bits}"
@@ -22,7 +25,7 @@ DTYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
 
 def load_model(path: Path, model: nnx.Module) -> None:
     """Put the weights of one `model.safetensors` into a model; raises ValueError when they do not fit."""
-    nnx.update(model, match(nnx.state(model), load_weights(path), path))
+    nnx.update(model, fill_like(nnx.state(model), load_weights(path), path))
 
 
 def save_weights(path: Path, arrays: Mapping[str, np.ndarray], model_json: str, **metadata: str) -> None:
@@ -91,26 +94,26 @@ def named_arrays(state: nnx.State) -> dict[str, Any]:
 
 def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
     """Copy the arrays of a state to the host, by dot-joined paths; what is donated later does not change them."""
-    arrays = fetch(named_arrays(state))
+    arrays = gather_to_host(named_arrays(state))
     return {name: np.array(array, order="C", copy=True) for name, array in arrays.items()}  # on a CPU, else a view
 
 
-def match(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State:
+def fill_like(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State:
     """Return `state` with the saved arrays in it, which are read only when all of them fit.
 
     Raises ValueError on the first difference in form, and when weights are not finite.
     """
-    check_forms(state, saved, source)
+    check_structure(state, saved, source)
     current = named_arrays(state)
     arrays = [np.asarray(saved[name]) for name in current]
     # Committed to a device although the old ones were not, they would make another program of the training step.
     shardings = [array.sharding if getattr(array, "committed", False) else None for array in current.values()]
-    placed = [put(array, sharding) for array, sharding in zip(arrays, shardings)]
+    placed = [device_put_global(array, sharding) for array, sharding in zip(arrays, shardings)]
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return nnx.from_flat_state(zip(paths, placed, strict=True))
 
 
-def check_forms(state: nnx.State, saved: Mapping[str, Any], source: Path) -> None:
+def check_structure(state: nnx.State, saved: Mapping[str, Any], source: Path) -> None:
     """Raise ValueError on the first difference in name, dtype or shape."""
     current = named_arrays(state)
     if missing := sorted(current.keys() - saved.keys()):
@@ -121,3 +124,13 @@ def check_forms(state: nnx.State, saved: Mapping[str, Any], source: Path) -> Non
         form, saved_form = (f"{a.dtype}{list(a.shape)}" for a in (array, saved[name]))
         if form != saved_form:
             raise ValueError(f"{source}: {name}: expected {form[:100]}, got {saved_form[:100]}")
+
+
+def on_one_device(model: M) -> M | None:
+    """Return a copy of a model on the main process's first device alone; to be called by all processes."""
+    graph, state = nnx.split(model)
+    arrays = host_arrays(state)
+    if not is_main_process():
+        return None
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(zip(paths, jax.device_put(list(arrays.values())), strict=True)))

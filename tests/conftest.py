@@ -9,7 +9,7 @@ import tempfile
 
 import jax
 import pytest
-from helpers import TINY_MODEL, TINY_TRAIN, Finished, random_tokens
+from helpers import TINY_MODEL, TINY_TRAIN, Finished, captured_log, random_tokens
 from hub import point_client_at, serve  # noqa: F401
 from safetensors.numpy import save_file
 
@@ -81,3 +81,10 @@ def call_program(capsys):
         return Finished(exit_info.value.code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def logged():
+    """The messages that are logged, with their level if it is not INFO, in a list that grows."""
+    with captured_log() as messages:
+        yield messages

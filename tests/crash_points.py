@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from checkpointing import choose, copy_to_host, find_checkpoints, load, prune, save, verify
+from checkpointing import copy_to_host, find_checkpoints, load, prune, save, select_checkpoint, verify
 
 WORKERS = 2  # an even share of the points each
-MOST_POINTS = 300  # of one worker and kind
+MAX_POINTS = 300  # of one worker and kind
 VICTIM_SECONDS = 60  # a save takes far less than one
 BEST = {1, 3, 4}  # steps; 1 and 2 are committed before a victim saves 3
 LEGITIMATE = ([1, 2], [1, 2, 3], [2, 3], [3])  # steps that may be left
@@ -294,7 +294,7 @@ def kill_all(kind, root, worker, states):
         if not name:
             return folders
         folders[name] = folder
-        assert len(folders) < MOST_POINTS, f"{kind}: are these names new in every save? {list(folders)[-9:]}"
+        assert len(folders) < MAX_POINTS, f"{kind}: are these names new in every save? {list(folders)[-9:]}"
 
 
 def check(folder, states):
@@ -308,7 +308,7 @@ def check(folder, states):
     for link in ("latest", "best"):
         assert (folder / link).resolve() in [checkpoint.path for checkpoint in found], f"{link} leads nowhere"
 
-    assert choose(folder, None) == (found[-1], []), "the newest is not chosen"
+    assert select_checkpoint(folder, None) == found[-1], "the newest is not chosen"
     model, optimizer = build(0)
     load(found[-1], model, optimizer)
     assert bits(copy_to_host(model, optimizer)) == bits(states[steps[-1]]), f"other arrays than at step {steps[-1]}"

@@ -1,5 +1,7 @@
 """What the tests share beside fixtures: one tiny model, one tiny run, and what it left."""
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from model import GPTModel
 from outside_in import train_step
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.layers.dropout import Dropout
+from outside_in.runtime.log import log
 from outside_in.storage import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -125,3 +128,23 @@ def on_step(monkeypatch, name, number, action):
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(0.1)  # the listener is a thread
+
+
+@contextlib.contextmanager
+def captured_log():
+    """Keep what is logged in the block: messages, after their level where it is not INFO."""
+    messages, level = [], log.level
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            prefix = "" if record.levelno == logging.INFO else f"{record.levelname} "
+            messages.append(prefix + record.getMessage())
+
+    handler = Keep()
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -14,14 +14,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import random_tokens, tiny_model, tiny_train_config
+from helpers import captured_log, random_tokens, tiny_model, tiny_train_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import checkpointing
-from checkpointing import choose, copy_to_host, find_checkpoints, load, prune, save, verify
+from checkpointing import copy_to_host, find_checkpoints, load, prune, save, select_checkpoint, verify
 from outside_in.data.loader import TokenStream
 from outside_in.optimizer import make_optimizer
 from outside_in.train_step import train_step
@@ -123,10 +123,10 @@ def test_settling_points_the_links_prunes_and_removes_what_is_half_written(three
             if old:
                 (folder / link).symlink_to(old[link])
         (folder / ".staging-20260101T000000Z-iteration-5").mkdir()
-        checkpointing.settle(folder)
+        checkpointing.repair_links_and_prune(folder)
         assert links(folder) == good == {"latest": newest.path.name, "best": first.path.name}
         assert names_in(folder) == {"latest", "best"} | {c.path.name for c in (first, middle, newest)}
-    checkpointing.settle(folder, keep=1)
+    checkpointing.repair_links_and_prune(folder, keep=1)
     assert find_checkpoints(folder) == [first, newest]
 
 
@@ -140,14 +140,14 @@ def test_links_that_cannot_be_made_do_not_make_a_committed_checkpoint_a_failure(
     saved = save(folder, copy_to_host(*small(40)), meta(40), MODEL_JSON)
     assert find_checkpoints(folder) == [*checkpoints, saved]
     with pytest.raises(OSError, match="No space"):
-        checkpointing.settle(folder)
+        checkpointing.repair_links_and_prune(folder)
 
 
 def test_a_name_that_is_damaged_twice_is_kept_twice(three):
     folder, (_, good, newest) = three
     for _ in range(2):
         (newest.path / "meta.json").write_text("{")
-        assert choose(folder, None)[0] == good
+        assert select_checkpoint(folder, None) == good
         shutil.copytree(good.path, newest.path)
     aside = f"damaged-{newest.path.name}"
     assert {aside, f"{aside}-again"} <= names_in(folder)
@@ -156,7 +156,7 @@ def test_a_name_that_is_damaged_twice_is_kept_twice(three):
 def test_a_link_to_a_disk_that_is_not_there_is_no_empty_folder(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads nowhere"):
-        choose(tmp_path / "checkpoints", None)
+        select_checkpoint(tmp_path / "checkpoints", None)
 
 
 # What is saved
@@ -267,7 +267,9 @@ DAMAGES = {
 
 def choose_and_undo(folder, damaged):
     """Choose the newest good checkpoint when the newest is damaged, and give that one its name back."""
-    chosen, [line] = choose(folder, None)
+    with captured_log() as lines:
+        chosen = select_checkpoint(folder, None)
+    [line] = lines
     aside = folder / f"damaged-{damaged.path.name}"
     assert not damaged.path.exists() and f"kept as {aside.name}" in line
     assert {(folder / link).resolve().name for link in ("latest", "best")} <= names_in(folder)
@@ -285,7 +287,7 @@ def test_damage_to_any_file_is_named_and_the_newest_good_checkpoint_taken(three,
         DAMAGES[damage](path)
         for which in ("latest", newest.path.name):
             with pytest.raises(ValueError, match=newest.path.name):
-                choose(folder, which)
+                select_checkpoint(folder, which)
         assert find_checkpoints(folder)[-1] == newest  # asking for it does not move it
         chosen, line = choose_and_undo(folder, newest)
         assert chosen == good
@@ -294,7 +296,7 @@ def test_damage_to_any_file_is_named_and_the_newest_good_checkpoint_taken(three,
         assert "\n" not in line
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         path.write_bytes(content)
-    assert choose(folder, None) == (newest, [])
+    assert select_checkpoint(folder, None) == newest
 
 
 @pytest.mark.parametrize("number", sorted(checkpointing.NO_DAMAGE))
@@ -311,10 +313,10 @@ def test_a_file_that_this_process_may_not_read_is_no_damage(three, monkeypatch, 
     before = listing(folder)
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(ValueError, match=f"{name}: .*{os.strerror(number)}"):
-        choose(folder, None)
+        select_checkpoint(folder, None)
     monkeypatch.undo()
     assert listing(folder) == before
-    assert choose(folder, None) == (newest, [])
+    assert select_checkpoint(folder, None) == newest
 
 
 def test_a_file_too_many_in_any_folder_is_named(three):
@@ -364,7 +366,9 @@ def test_a_file_that_the_disk_cannot_read_is_damage(three, monkeypatch):
         return digest(file, algorithm)
 
     monkeypatch.setattr(hashlib, "file_digest", failing)
-    chosen, [line] = choose(folder, None)
+    with captured_log() as lines:
+        chosen = select_checkpoint(folder, None)
+    [line] = lines
     assert chosen == good and str(newest.path / "model.safetensors") in line
 
 
@@ -372,7 +376,8 @@ def test_damage_on_damage_falls_back_further_and_the_last_one_is_an_error(three)
     folder, (oldest, middle, newest) = three
     flip_bit(newest.path / "model.safetensors")
     flip_bit(middle.path / "meta.json")
-    chosen, lines = choose(folder, None)
+    with captured_log() as lines:
+        chosen = select_checkpoint(folder, None)
     assert chosen == oldest
     assert [str(c.path) in line for c, line in zip((newest, middle), lines, strict=True)] == [True, True]
     assert find_checkpoints(folder) == [oldest]
@@ -384,7 +389,7 @@ def test_damage_on_damage_falls_back_further_and_the_last_one_is_an_error(three)
     shutil.rmtree(added.path)
     (oldest.path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no good checkpoint is left") as error:
-        choose(folder, None)
+        select_checkpoint(folder, None)
     assert "\n" not in str(error.value)
 
 
@@ -397,7 +402,9 @@ def test_files_of_another_checkpoint_are_damage(three, swapped):
         shutil.copytree(source, target)
     else:
         shutil.copyfile(source, target)
-    chosen, [line] = choose(folder, None)
+    with captured_log() as lines:
+        chosen = select_checkpoint(folder, None)
+    [line] = lines
     assert chosen == good and newest.path.name in line
 
 
@@ -405,11 +412,11 @@ def test_a_damaged_best_one_leaves_the_link_to_the_one_before_or_none(three):
     folder, (oldest, _, newest) = three
     best = save(folder, copy_to_host(*small()), meta(40, is_best=True), MODEL_JSON)
     flip_bit(best.path / "model.safetensors")
-    assert choose(folder, None)[0] == newest
+    assert select_checkpoint(folder, None) == newest
     assert (folder / "best").resolve().name == oldest.path.name
     shutil.rmtree(oldest.path)
     flip_bit(newest.path / "model.safetensors")
-    choose(folder, None)
+    select_checkpoint(folder, None)
     assert not (folder / "best").is_symlink()
 
 
@@ -421,16 +428,16 @@ def test_where_nothing_was_saved_there_is_nothing_to_choose(tmp_path, make_folde
     folder = tmp_path / "checkpoints"
     if make_folder:
         folder.mkdir()
-    assert choose(folder, None) == (None, [])
+    assert select_checkpoint(folder, None) is None
     with pytest.raises(ValueError, match="none yet"):
-        choose(folder, "latest")
+        select_checkpoint(folder, "latest")
 
 
 def test_a_checkpoint_is_chosen_by_best_latest_or_name(three):
     folder, (oldest, middle, newest) = three
-    assert choose(folder, None) == choose(folder, "latest") == (newest, [])
-    assert choose(folder, "best") == (oldest, [])
-    assert choose(folder, middle.path.name) == (middle, [])
+    assert select_checkpoint(folder, None) == select_checkpoint(folder, "latest") == newest
+    assert select_checkpoint(folder, "best") == oldest
+    assert select_checkpoint(folder, middle.path.name) == middle
 
 
 def test_links_are_hints_and_never_the_truth(three):
@@ -438,15 +445,15 @@ def test_links_are_hints_and_never_the_truth(three):
     for link in ("latest", "best"):
         (folder / link).unlink()
         (folder / link).symlink_to("nowhere")
-    assert choose(folder, "latest") == (newest, [])
-    assert choose(folder, "best") == (oldest, [])
+    assert select_checkpoint(folder, "latest") == newest
+    assert select_checkpoint(folder, "best") == oldest
 
 
 @pytest.mark.parametrize("which", ["", "nonsense", "..", "../checkpoints", ".", "/", "20200101T000000Z-iteration-1"])
 def test_an_unknown_name_is_refused_with_the_known_ones(three, which):
     folder, checkpoints = three
     with pytest.raises(ValueError, match="no checkpoint") as error:
-        choose(folder, which)
+        select_checkpoint(folder, which)
     assert all(c.path.name in str(error.value) for c in checkpoints)
 
 
@@ -454,7 +461,7 @@ def test_a_way_around_by_dots_is_refused(three):
     folder, [*_, newest] = three
     for which in (f"../{folder.name}/{newest.path.name}", f"{newest.path.name}/../{newest.path.name}"):
         with pytest.raises(ValueError, match="no checkpoint"):
-            choose(folder, which)
+            select_checkpoint(folder, which)
 
 
 def test_nothing_but_folders_with_a_checkpoints_name_is_a_checkpoint(three):
@@ -485,7 +492,7 @@ def test_a_failing_save_leaves_the_folder_as_it_was(three, monkeypatch, broken, 
         save(folder, copy_to_host(*small()), meta(40, is_best=True), MODEL_JSON)
     monkeypatch.undo()
     assert listing(folder) == before
-    assert choose(folder, None) == (newest, [])
+    assert select_checkpoint(folder, None) == newest
 
 
 def test_meta_that_is_not_strict_json_is_not_committed(three):
@@ -500,9 +507,9 @@ def test_leftovers_of_a_killed_save_are_invisible_and_go_with_the_next_one(three
     folder, [*_, newest] = three
     shutil.copytree(newest.path, folder / ".staging-20990101T000000Z-iteration-40")
     (folder / ".latest.tmp").symlink_to("nowhere")
-    assert choose(folder, None) == (newest, [])
+    assert select_checkpoint(folder, None) == newest
     added = save(folder, copy_to_host(*small()), meta(40), MODEL_JSON)
-    assert choose(folder, None) == (added, [])
+    assert select_checkpoint(folder, None) == added
     assert not [name for name in names_in(folder) if name.startswith(".")]
 
 
@@ -520,7 +527,7 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_gone(three, monkeypatch):
     assert 20 not in [c.global_step for c in find_checkpoints(folder)]
     for checkpoint in find_checkpoints(folder):
         verify(checkpoint)
-    assert choose(folder, None) == (newest, [])
+    assert select_checkpoint(folder, None) == newest
 
 
 # Names, links and pruning
@@ -536,7 +543,7 @@ def test_names_sort_in_the_order_of_commits_whatever_the_clock_says(tmp_path, mo
         save(tmp_path, copy_to_host(*small()), meta(step), MODEL_JSON)
         monkeypatch.undo()
     assert [c.global_step for c in find_checkpoints(tmp_path)] == steps
-    assert choose(tmp_path, None)[0].global_step == 1
+    assert select_checkpoint(tmp_path, None).global_step == 1
 
 
 @pytest.mark.parametrize(
@@ -555,7 +562,7 @@ def test_of_several_best_ones_the_newest_is_kept(tmp_path):
         save(tmp_path, copy_to_host(*small()), meta(step, is_best), MODEL_JSON)
     prune(tmp_path, 1)
     assert [c.global_step for c in find_checkpoints(tmp_path)] == [2, 4]
-    assert choose(tmp_path, "best")[0].global_step == 2
+    assert select_checkpoint(tmp_path, "best").global_step == 2
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -581,7 +588,7 @@ def test_best_and_latest_survive_any_sequence_of_saves_and_clock_jumps(keep, com
             for link, commit in [("latest", alive[-1:]), ("best", best)]:
                 found = [json.loads((folder / link / "meta.json").read_text())["number"]] if commit else []
                 assert found == [number for number, _ in commit]
-            assert choose(folder, "latest")[0].meta["number"] == number
+            assert select_checkpoint(folder, "latest").meta["number"] == number
 
 
 TINY = checkpointing.HostCopy({}, {})

@@ -17,7 +17,7 @@ from test_model import with_larger_weights
 import model as model_module
 from model import Block, CausalSelfAttention, GPTModel
 from outside_in.config import MeshConfig
-from outside_in.data.loader import TokenStream
+from outside_in.data.loader import TokenStream, place_batch
 from outside_in.diagnostics.finite_checks import make_checks
 from outside_in.huggingface.gpt2_names import export_weights
 from outside_in.inference.evaluation import mean_loss, windowed_losses
@@ -27,7 +27,7 @@ from outside_in.layers.kernels import causal_attention
 from outside_in.loss import chunked_cross_entropy, cross_entropy
 from outside_in.runtime.mesh import make_mesh, place
 from outside_in.storage import metrics
-from outside_in.train_step import backward_order, loss_and_gradient, mean_gradient, place_batch
+from outside_in.train_step import backward_order, loss_and_gradient, mean_gradient
 from outside_in.weights import host_arrays, named_arrays, save_weights
 
 SEED_KEY = jax.random.key(7)

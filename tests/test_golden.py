@@ -26,7 +26,10 @@ def run():
     optimizer = make_optimizer(model, config, STEPS)
     data = TokenStream(jax.device_put(random_tokens(129)), (4, 2, CONTEXT_LENGTH), "next-token", 0, shuffle=False)
     reports = [train_step(model, optimizer, *data.calls(step), jax.random.key(1), config) for step in range(STEPS)]
-    return {name: [float(report[name]) for report in reports] for name in ("loss", "gradient_norm")}
+    return {
+        "loss": [float(report.loss) for report in reports],
+        "gradient_norm": [float(report.update.gradient_norm) for report in reports],
+    }
 
 
 def test_twenty_steps_give_the_golden_losses():

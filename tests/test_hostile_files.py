@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import checkpointing
-from checkpointing import Checkpoint, choose, copy_to_host, verify
+from checkpointing import Checkpoint, copy_to_host, select_checkpoint, verify
 from model import create_model
 from outside_in.config import ModelConfig, TrainConfig, load_config
 from outside_in.data.loader import load_tokens
 from outside_in.inference import load
 from outside_in.inference.load import load_saved_model
 from outside_in.storage import metrics
-from outside_in.storage.safetensors_file import LARGEST_HEADER_BYTES
+from outside_in.storage.safetensors_file import MAX_HEADER_BYTES
 from outside_in.storage.strict_json import MAX_BYTES
 from outside_in.weights import load_model, named_arrays
 
@@ -188,7 +188,7 @@ WEIGHTS = {
     "a header longer than the file": (lambda *good: packed(*good, header_length=100_000), UNREADABLE),
     "a header of exabytes": (lambda *good: packed(*good, header_length=2**63), "header is too large"),
     "a header of all ones": (lambda *good: packed(*good, header_length=2**64 - 1), "header is too large"),
-    "a header above the limit": (lambda *_: packed(b"{}".ljust(LARGEST_HEADER_BYTES + 1)), "header is too large"),
+    "a header above the limit": (lambda *_: packed(b"{}".ljust(MAX_HEADER_BYTES + 1)), "header is too large"),
     "a header that is a list": (header_only(b"[]"), UNREADABLE),
     "a header that is no text": (header_only(b"\xff\xfe{}"), UNREADABLE),
     "a header of 100 levels": (header_only(b'{"a":' * 100 + b"1" + b"}" * 100), UNREADABLE),
@@ -485,16 +485,16 @@ HOSTILE_NAMES = [
 @pytest.mark.parametrize("which", [*HOSTILE_NAMES, f"/{NAME}", "a" * 900, NAME + " ", NAME[:-1] + "٧"])
 def test_a_checkpoint_goes_by_its_own_name_alone(which, checkpoint):
     folder = checkpoint.path.parent
-    assert choose(folder, NAME) == (checkpoint, [])
-    assert "no checkpoint" in line_of(folder, choose, folder, which)
+    assert select_checkpoint(folder, NAME) == checkpoint
+    assert "no checkpoint" in line_of(folder, select_checkpoint, folder, which)
 
 
 @pytest.mark.parametrize("name", ["20261399T093000Z-iteration-9", "２０２６１２２１T093000Z-iteration-9"])
 def test_a_name_that_is_no_time_is_no_checkpoints(name, checkpoint, trained, tmp_path):
     (tmp_path / name).mkdir()
-    assert choose(tmp_path, None) == (checkpoint, [])
+    assert select_checkpoint(tmp_path, None) == checkpoint
     saved = checkpointing.save(tmp_path, copy_to_host(*trained), META | {"global_step": 8}, "{}")
-    assert choose(tmp_path, None) == (saved, [])
+    assert select_checkpoint(tmp_path, None) == saved
     assert (tmp_path / name).is_dir()
 
 
@@ -516,7 +516,7 @@ TOKENS = {
     "an empty file": (b"", UNREADABLE),
     "a header cut off": (packed(tokens_header())[:30], UNREADABLE),
     "a header of exabytes": (packed(tokens_header(), bytes(200), 2**63), "header is too large"),
-    "a header above the limit": (packed(b"{}".ljust(LARGEST_HEADER_BYTES + 1)), "header is too large"),
+    "a header above the limit": (packed(b"{}".ljust(MAX_HEADER_BYTES + 1)), "header is too large"),
     "a header of 100,000 levels": (packed(b'{"tokens":' * 100_000), UNREADABLE),
     "content cut off": (packed(tokens_header(), bytes(199)), UNREADABLE),
     "offsets that overlap": (packed(tokens_header() | {"a": tokens_header()["tokens"]}, bytes(200)), UNREADABLE),
@@ -860,7 +860,11 @@ def attempts(template, trained, checkpoint, weights, tmp_path):
             damaged(records) | (any_json | deep_json.map(str.encode)).map(lambda line: records + line + b"\n"),
             read_metrics,
         ),
-        "name": (tmp_path / "any", st.binary(), lambda path: choose(tmp_path, os.fsdecode(path.read_bytes()))),
+        "name": (
+            tmp_path / "any",
+            st.binary(),
+            lambda path: select_checkpoint(tmp_path, os.fsdecode(path.read_bytes())),
+        ),
     }
 
 

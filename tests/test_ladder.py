@@ -130,7 +130,7 @@ def test_every_rung_takes_a_step_and_generates(rung):
     stream = TokenStream(jax.device_put(random_tokens(2000)), (4, 2, CONTEXT_LENGTH), objective, seed=0, shuffle=True)
     optimizer = make_optimizer(model, train, total_steps=20)
     report = train_step(model, optimizer, *stream.calls(0), jax.random.key(0), train)
-    assert report["loss"] == pytest.approx(np.log(VOCAB_SIZE), abs=0.2)
-    assert not report["rejected"]
+    assert report.loss == pytest.approx(np.log(VOCAB_SIZE), abs=0.2)
+    assert not report.update.rejected
     [completion] = generate(model, [1, 2, 3], num_tokens=4)
     assert len(completion) == 4

@@ -76,11 +76,11 @@ def check_against_numpy(gradients, config, max_norm, model=None, optimizer=None)
             update(model, optimizer, call.mean(axis=0))
         report = jax.device_get(update_report(optimizer, config))
         rejected, in_a_row = rejected + is_rejected, in_a_row + 1 if is_rejected else 0
-        assert report["rejected"] == is_rejected
-        assert (report["rejected_updates"], report["consecutive_rejections"]) == (rejected, in_a_row)
-        assert report["learning_rate"] == pytest.approx(learning_rate, rel=1e-6)
-        assert report["clipped"] == (norm > max_norm and not is_rejected)
-        assert is_rejected or report["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        assert report.rejected == is_rejected
+        assert (report.rejected_updates, report.consecutive_rejections) == (rejected, in_a_row)
+        assert report.learning_rate == pytest.approx(learning_rate, rel=1e-6)
+        assert report.clipped == (norm > max_norm and not is_rejected)
+        assert is_rejected or report.gradient_norm == pytest.approx(norm, rel=1e-5)
         np.testing.assert_allclose(np.append(model.slope[...], model.offset[...]), parameters, rtol=1e-5)
         if is_rejected:
             jax.tree.map(np.testing.assert_array_equal, before, moments(optimizer))
@@ -154,12 +154,12 @@ def test_rejections_in_a_row_are_counted_and_never_accepted(per_call):
     for count in range(1, 15):
         for _ in range(K // per_call):
             update(model, optimizer, np.float32([np.nan, 0, 0]))
-        assert update_report(optimizer, config)["consecutive_rejections"] == count
+        assert update_report(optimizer, config).consecutive_rejections == count
         np.testing.assert_array_equal(model.slope[...], [1.0, -2.0])
     for _ in range(K // per_call):
         update(model, optimizer, np.float32([1, 0, 0]))
     report = update_report(optimizer, config)
-    assert (report["consecutive_rejections"], report["rejected_updates"]) == (0, 14)
+    assert (report.consecutive_rejections, report.rejected_updates) == (0, 14)
     assert np.all(np.isfinite(model.slope[...])) and np.any(model.slope[...] != jnp.array([1.0, -2.0]))
 
 
@@ -194,5 +194,5 @@ def test_optax_never_gives_up_rejecting():
     nnx.update(optimizer, nnx.from_flat_state(flat))
     for _ in range(3):
         update(model, optimizer, np.float32([np.nan, 0, 0]))
-    assert update_report(optimizer, config)["consecutive_rejections"] == 2**31 - 1
+    assert update_report(optimizer, config).consecutive_rejections == 2**31 - 1
     np.testing.assert_array_equal(model.slope[...], [1.0, -2.0])

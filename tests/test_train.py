@@ -111,7 +111,7 @@ def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(tra
     assert train(alone).returncode == 0
     code, output = start_and_signal(interrupted, signal.SIGINT)
     assert code == 130, output
-    assert re.search(r"stopped and saved at step \d+ of 96; to go on: uv run train.py \S*interrupted", output)
+    assert re.search(r"stopped and saved at step \d+ of 96; to resume: uv run train.py \S*interrupted", output)
     assert re.search(r"  time    .*\d:\d\d:\d\d steps \(", output)
     code, output = start_and_signal(interrupted, signal.SIGKILL, after_step=60)
     assert code == -signal.SIGKILL
@@ -153,7 +153,7 @@ def test_from_goes_back_to_a_checkpoint_and_stays_there(train, make_run):
     expected = final_state(run)
     first = find_checkpoints(run / "checkpoints")[0].path.name
     finished = train(run, "--from", first)
-    assert finished.returncode == 0 and "going on from step 5 of 12" in finished.stdout
+    assert finished.returncode == 0 and "resuming from step 5 of 12" in finished.stdout
     assert_same(expected, final_state(run))
     assert "no checkpoint 'nonsense'" in complaint(train(run, "--from", "nonsense"))
 

@@ -8,7 +8,7 @@ from helpers import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
 from outside_in.storage.metrics import read
-from outside_in.training import loop
+from outside_in.training import run
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def test_an_interrupted_folder_goes_on_with_the_run_it_stopped_in(call_program, 
     assert call_program("train", ladder / "01").returncode == 0
     code, output = start_and_signal(ladder, signal.SIGINT, metrics=ladder / "02" / "metrics.jsonl")
     assert code == 130, output
-    assert f"to go on: uv run train.py {ladder}" in output
+    assert f"to resume: uv run train.py {ladder}" in output
     assert "parameters" not in output.split("run 2 of 2")[0]
     assert 20 <= len(steps(ladder / "02")) < 96
     finished = call_program("train", ladder)
     assert finished.returncode == 0
-    assert "going on from step" in finished.stdout
+    assert "resuming from step" in finished.stdout
     assert steps(ladder / "02") == list(range(1, 97))
 
 
@@ -79,11 +79,11 @@ def test_a_signal_while_a_run_ends_keeps_the_next_one_from_starting(ladder):
 
 
 def test_a_run_that_fails_as_it_is_stopped_keeps_the_next_one_from_starting(call_program, ladder, monkeypatch):
-    def cannot_save(training, stop, watcher):
+    def cannot_save(state, stop, monitor):
         stop.signal_number = signal.SIGTERM
         raise OSError("step 3 could not be saved")
 
-    monkeypatch.setattr(loop, "train", cannot_save)
+    monkeypatch.setattr(run, "train", cannot_save)
     finished = call_program("train", ladder)
     assert finished.returncode == 1
     assert finished.stderr.count("could not be saved") == 1

@@ -11,11 +11,18 @@ from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_mode
 
 from model import create_model
 from outside_in.data.loader import TokenStream
-from outside_in.diagnostics.parameters import NORM_SCALE
 from outside_in.loss import cross_entropy
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.mesh import one_device, place
-from outside_in.train_step import backward_order, compile_train_step, eval_step, evidence, mean_gradient, train_step
+from outside_in.train_step import (
+    NORM_SCALE,
+    backward_order,
+    compile_train_step,
+    eval_step,
+    gradient_diagnostics,
+    mean_gradient,
+    train_step,
+)
 from outside_in.weights import named_arrays
 
 K, B = 4, 2
@@ -36,7 +43,7 @@ def trained(per_call, num_steps=5, drop_rate=0.0, model=None):
     losses = []
     for step in range(num_steps):
         calls = stream().calls(step, config.calls_per_step)
-        losses.append(np.mean([train_step(model, optimizer, call, SEED_KEY, config)["loss"] for call in calls]))
+        losses.append(np.mean([train_step(model, optimizer, call, SEED_KEY, config).loss for call in calls]))
     return parameters(model), losses
 
 
@@ -114,7 +121,7 @@ def test_arguments_of_another_form_are_named_and_change_nothing(change, named):
     with pytest.raises(RuntimeError, match=f"training step would have to be compiled a second time: .*{named}"):
         compiled(model, optimizer, change(second), SEED_KEY)
     chex.assert_trees_all_equal(parameters(model), before)
-    assert np.isfinite(compiled(model, optimizer, second, SEED_KEY)["loss"])
+    assert np.isfinite(compiled(model, optimizer, second, SEED_KEY).loss)
 
 
 def test_the_bytes_needed_hold_at_least_the_arguments():
@@ -130,8 +137,8 @@ def test_a_gradient_that_is_not_finite_is_told_by_its_place():
     grads = nnx.state(tiny_model(), nnx.Param)
     names = list(named_arrays(grads))
     grads["output_norm"]["bias"][...] = jnp.full(32, jnp.nan)
-    told = evidence(jnp.zeros(K), grads)
-    assert [name for name, norm in zip(names, told["gradient_norms"]) if not jnp.isfinite(norm)] == ["output_norm.bias"]
+    told = gradient_diagnostics(jnp.zeros(K), grads)
+    assert [name for name, norm in zip(names, told.gradient_norms) if not jnp.isfinite(norm)] == ["output_norm.bias"]
 
 
 @pytest.mark.parametrize("per_call", [K, 1])
@@ -141,16 +148,16 @@ def test_the_evidence_tells_losses_and_gradients_apart(per_call):
     names = list(parameters(model))
     calls = stream().calls(0, config.calls_per_step)
     reports = [train_step(model, optimizer, call, SEED_KEY, config) for call in calls]
-    told = [report["evidence"] for report in reports]
-    losses = np.concatenate([part["losses"] for part in told])
-    assert losses.shape == (K,) and np.mean(losses) == pytest.approx(np.mean([r["loss"] for r in reports]))
-    assert all(part["gradient_norms"].shape == (len(names),) for part in told)
+    told = [report.diagnostics for report in reports]
+    losses = np.concatenate([part.losses for part in told])
+    assert losses.shape == (K,) and np.mean(losses) == pytest.approx(np.mean([r.loss for r in reports]))
+    assert all(part.gradient_norms.shape == (len(names),) for part in told)
     if per_call == K:
         _, grads, _ = nnx.jit(mean_gradient)(tiny_model(), *calls, SEED_KEY)
         expected = [np.linalg.norm(array) for array in named_arrays(grads).values()]
-        np.testing.assert_allclose(told[0]["gradient_norms"], expected, rtol=1e-5)
-        norm = np.linalg.norm(told[0]["gradient_norms"])
-        assert norm == pytest.approx(float(reports[0]["gradient_norm"]), rel=1e-6)
+        np.testing.assert_allclose(told[0].gradient_norms, expected, rtol=1e-5)
+        norm = np.linalg.norm(told[0].gradient_norms)
+        assert norm == pytest.approx(float(reports[0].update.gradient_norm), rel=1e-6)
 
 
 def test_dropout_differs_between_steps_and_microbatches_and_repeats_with_them():
@@ -214,7 +221,7 @@ def test_half_precision_learns_as_float32_does():
         model, config = tiny_model(dtype=dtype), tiny_train_config()
         optimizer = make_optimizer(model, config, total_steps=40)
         [call] = stream().calls(0)  # again and again: random tokens can only be learnt by heart
-        curves.append([float(train_step(model, optimizer, call, SEED_KEY, config)["loss"]) for _ in range(40)])
+        curves.append([float(train_step(model, optimizer, call, SEED_KEY, config).loss) for _ in range(40)])
     single, half = curves
     assert single[-1] < single[0] - 1
     np.testing.assert_allclose(half, single, rtol=0.02)
@@ -284,9 +291,9 @@ def test_the_evidence_tells_an_overflow_of_the_norm_from_a_gradient_that_is_not_
     grads = nnx.state(tiny_model(), nnx.Param)
     kernel = grads["blocks"][0]["attention"]["output"]["kernel"]
     kernel[...] = kernel[...].at[3, 4].set(bad)
-    told = jax.device_get(nnx.jit(evidence)(jnp.zeros(K), grads))
+    told = jax.device_get(nnx.jit(gradient_diagnostics)(jnp.zeros(K), grads))
     place = list(named_arrays(grads)).index("blocks.0.attention.output.kernel")
-    assert [i for i, norm in enumerate(told["gradient_norms"]) if not np.isfinite(norm)] == [place]
-    assert np.isfinite(told["scaled_norms"][place]) == np.isfinite(bad)
+    assert [i for i, norm in enumerate(told.gradient_norms) if not np.isfinite(norm)] == [place]
+    assert np.isfinite(told.scaled_norms[place]) == np.isfinite(bad)
     if np.isfinite(bad):
-        assert float(told["scaled_norms"][place]) / NORM_SCALE == pytest.approx(bad, rel=1e-5)
+        assert float(told.scaled_norms[place]) / NORM_SCALE == pytest.approx(bad, rel=1e-5)

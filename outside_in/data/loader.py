@@ -8,9 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
 from outside_in.data.token_files import SLICE_TOKENS, count_tokens, entropy, map_tokens, read_tokens
+from outside_in.runtime.mesh import AXES
 
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
 
@@ -21,7 +23,9 @@ class Batch(NamedTuple):
     inputs: Any  # (A, B, T), uint16
     targets: Any  # (A, B, T), uint16
     position: Any  # (2,), uint32: global step, and which microbatch of it comes first
-    wishes: Any = np.zeros(1, np.uint32)  # (devices,): what each device's process would have all do, 0 for nothing
+
+
+BATCH_SPECS = Batch(PartitionSpec(None, AXES), PartitionSpec(None, AXES), PartitionSpec())
 
 
 def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None = None) -> jax.Array:
@@ -34,12 +38,12 @@ def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
 class TokenStream:
     """The tokens of one split that a run uses; `calls(step)` is a pure function of this and the step."""
 
-    tokens: Any  # (num_tokens,), uint16, committed to host memory; with `columns` a file that is read as it is needed
+    tokens: Any  # (num_tokens,), uint16, in host memory; with `local_sequences` a file, read as needed
     batch_shape: tuple[int, int, int]  # K microbatches, B sequences, T positions: one global step
     objective: Literal["next-token", "a-to-a"]
     seed: int
     shuffle: bool
-    columns: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
+    local_sequences: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
     _read: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
 
     @property
@@ -63,7 +67,7 @@ class TokenStream:
         Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
         """
         host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
-        if self.columns is None:
+        if self.local_sequences is None:
             windows = _windows(host_tokens, self.positions(step), length)
         else:
             epoch, step_in_epoch = divmod(step, self.num_steps)
@@ -74,9 +78,9 @@ class TokenStream:
     def _share(self, epoch: int) -> np.ndarray:
         """Read what this process needs of an epoch into memory, (steps, K, columns, T + 1)."""
         if epoch not in self._read:
-            assert self.columns
+            assert self.local_sequences
             steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)
-            positions = np.stack([self.positions(step)[:, slice(*self.columns)] for step in steps])
+            positions = np.stack([self.positions(step)[:, slice(*self.local_sequences)] for step in steps])
             self._read.clear()
             self._read[epoch] = _windows(self.tokens, positions, self.batch_shape[-1])
         return self._read[epoch]
@@ -86,6 +90,19 @@ class TokenStream:
         inputs, targets = (np.split(array, calls_per_step) for array in self.batch(step))
         per_call = self.batch_shape[0] // calls_per_step
         return [Batch(inputs[i], targets[i], np.array([step, i * per_call], np.uint32)) for i in range(calls_per_step)]
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Put the arrays of a call on the devices: each gets its sequences of every microbatch.
+
+    Every process brings the sequences of its own devices.
+    """
+    return Batch(
+        *(
+            jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+            for array, spec in zip(batch, BATCH_SPECS)
+        )
+    )
 
 
 def _windows(tokens: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
@@ -105,19 +122,19 @@ def open_streams(
     train: TrainConfig,
     steps_per_epoch: int,
     devices: int = 1,
-    columns: tuple[int, int] | None = None,
+    local_sequences: tuple[int, int] | None = None,
 ) -> tuple[TokenStream, TokenStream | None]:
     """Load what a run trains on, and what it validates on (None where there is no validation file or no wish).
 
-    With `columns` only these of the sequences of each microbatch are read into memory. Validation takes at most
+    With `local_sequences` only these of the sequences of each microbatch are read into memory. Validation takes at most
     `val_tokens`, in whole batches of `microbatch_size` sequences.
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
     count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
-    load = load_tokens if columns is None else map_tokens
+    load = load_tokens if local_sequences is None else map_tokens
     tokens = load(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
-    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, columns)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences)
     path = folder / "validation.safetensors"
     if train.val_tokens == 0 or not path.exists():
         return train_stream, None

@@ -13,7 +13,10 @@ from outside_in.data.loader import Batch
 from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.cli import is_out_of_device_memory
+from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.log import log
 from outside_in.runtime.mesh import array_shardings, make_mesh
+from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import Compiled, compile_train_step
 
 
@@ -25,11 +28,17 @@ def bytes_available() -> float:
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
-def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> str:
-    """Say what a compiled step needs; raises ValueError, with what would fit, when the device does not have it."""
+def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> None:
+    """Log what a compiled step needs; raises ValueError, with what would fit, when the device does not have it."""
     if step.bytes_needed > bytes_available():
         raise ValueError(advice(model_config, config))
-    return f"memory  the compiled step needs {gib(step.bytes_needed)} of the device's {gib(bytes_available())}"
+    log.info(f"memory  the compiled step needs {gib(step.bytes_needed)} of the device's {gib(bytes_available())}")
+
+
+def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
+    """Print what each `microbatch_size` that was tried needs, and the largest that fits: `--find-microbatch`."""
+    log.info(initialize_devices())
+    print(*report(model_config, config), sep="\n")
 
 
 def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
@@ -115,8 +124,7 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     per_call = config.gradient_accumulation_steps // config.calls_per_step
     sequences = config.microbatch_size * mesh.devices.size
     tokens = jax.ShapeDtypeStruct((per_call, sequences, model_config.context_length), np.uint16)
-    wishes = jax.ShapeDtypeStruct((mesh.devices.size,), np.uint32)
-    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32), wishes)
+    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         return compile_train_step(model, optimizer, batch, key, config, mesh).bytes_needed

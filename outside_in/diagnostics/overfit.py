@@ -4,22 +4,39 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
+from tqdm import tqdm
 
 from model import create_model
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.data.loader import open_streams
+from outside_in.data.run_length import whole_steps
 from outside_in.data.sources import dataset_folder
 from outside_in.optimizer import make_optimizer
+from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.log import log
+from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import compile_train_step
 
 TARGET = 0.05  # nats
-MOST_STEPS = 1_000
+MAX_STEPS = 1_000
+
+
+def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
+    """Say whether a fresh model can learn the first microbatch by heart: `--overfit-one-batch`."""
+    log.info(initialize_devices())
+    losses = []
+    with tqdm(total=MAX_STEPS, unit="step", dynamic_ncols=True) as bar:
+        for loss in overfit(model_config, config, whole_steps(model_config, config) // config.epochs):
+            losses.append(loss)
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+    log.info(verdict(losses))
 
 
 def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int) -> Iterator[float]:
     """Train a fresh model on the run's first microbatch alone, without dropout; yield the loss before each update.
 
-    Ends when the loss is below `TARGET` or not finite, or after `MOST_STEPS`, over which the learning rate takes its
+    Ends when the loss is below `TARGET` or not finite, or after `MAX_STEPS`, over which the learning rate takes its
     usual course. Nothing is written.
     """
     changes = {"drop_rate": 0.0, "val_tokens": 0}
@@ -28,13 +45,13 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
     changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None}
     config = config.model_copy(update=changes)
     model = create_model(model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
-    optimizer = make_optimizer(model, config, MOST_STEPS)
+    optimizer = make_optimizer(model, config, MAX_STEPS)
     [first] = stream.calls(0)
     batch = jax.device_put(first._replace(inputs=first.inputs[:1], targets=first.targets[:1]))
     key = jax.random.key(config.seed)
     step = compile_train_step(model, optimizer, batch, key, config)
-    for _ in range(MOST_STEPS):
-        loss = float(step(model, optimizer, batch, key)["loss"])
+    for _ in range(MAX_STEPS):
+        loss = float(step(model, optimizer, batch, key).loss)
         yield loss
         if not TARGET <= loss < math.inf:
             return

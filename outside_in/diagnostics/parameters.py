@@ -1,21 +1,17 @@
-"""What one reaches for when training misbehaves: parameter hashes, sanity lines, what is known of a rejected update."""
+"""Parameters looked at: hashes that show what changed, and a table of norms and the like."""
 
 import fnmatch
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from outside_in.reports import markdown
-from outside_in.runtime.processes import fetch
-from outside_in.storage.metrics import finite
-from outside_in.train_step import NORM_SCALE
+from outside_in.runtime.processes import gather_to_host
 from outside_in.weights import named_arrays
-
-FARTHEST = 0.5  # nats, of a first loss from that of a uniform guess
 
 
 def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
@@ -23,7 +19,7 @@ def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
 
     The hashes are the same on every machine. Raises ValueError when the pattern matches nothing.
     """
-    arrays = fetch(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
+    arrays = gather_to_host(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
     return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 
@@ -53,57 +49,6 @@ def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str]
             f"the first update changed {what}; usual causes: a mutating step under jax.jit instead of nnx.jit, "
             "learning_rate 0 or too small for float32, gradients that are all zero"
         )
-
-
-def first_loss_line(loss: float, vocab_size: int) -> str:
-    """Compare the first loss with that of a uniform guess."""
-    uniform = math.log(vocab_size)
-    line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
-    if math.isnan(loss):
-        causes = "a parameter or a product is not finite from the start: --debug-checks says where"
-    elif loss > uniform + FARTHEST:
-        causes = "weights that start too large, or a loss that is a sum instead of a mean"
-    elif loss < uniform - FARTHEST:
-        causes = "targets that are the inputs (objective), a mask that lets positions see what follows, or padding"
-    else:
-        return line
-    return f"{line}; WARNING: they should be close; likely causes: {causes}"
-
-
-def describe_rejection(
-    global_step: int,
-    evidence: Sequence[Mapping[str, np.ndarray]],
-    names: Sequence[str],
-    backward_order: Sequence[str],
-    bad_parameters: Sequence[str],
-    positions_KB: np.ndarray,
-) -> dict[str, Any]:
-    """Return what is known of a rejected update, as JSON: which microbatch, which gradient, which tokens.
-
-    Takes the `steps.evidence` of every compiled call with the parameters' names in its order, these names in the order
-    of the backward pass, the parameters that were not finite themselves, and the index in the token file of every
-    sequence's first token.
-    """
-    losses = [finite(loss) for call in evidence for loss in call["losses"].tolist()]
-    norms_AP = np.stack([call["gradient_norms"] for call in evidence]).astype(np.float64)
-    scaled_AP = np.stack([call["scaled_norms"] for call in evidence]).astype(np.float64)
-    norms_AP = np.where(np.isfinite(norms_AP), norms_AP, scaled_AP / NORM_SCALE)
-    bad = {name for name, norms in zip(names, norms_AP.T) if not np.isfinite(norms).all()}
-    largest = None if bad else names[int(norms_AP.max(axis=0).argmax())]
-    return {
-        "global_step": global_step,
-        "reason": "a gradient is not finite" if bad else "the norm of the gradient overflows float32",
-        "first_loss_not_finite": next((number for number, loss in enumerate(losses) if loss is None), None),
-        "first_gradient_not_finite": next((name for name in backward_order if name in bad), None),
-        "largest_gradient": largest,
-        "parameters_not_finite": list(bad_parameters),
-        "microbatches": [
-            {"loss": loss, "first_tokens": positions.tolist()} for loss, positions in zip(losses, positions_KB)
-        ],
-        "gradient_norms_of_each_call": {
-            name: [finite(norm) for norm in of_calls] for name, of_calls in zip(names, norms_AP.T.tolist())
-        },
-    }
 
 
 def array_table(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> list[str]:

@@ -8,14 +8,23 @@ from jax.sharding import Mesh
 
 from model import parameter_shapes
 from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from outside_in.data.run_length import leaked_share, tokens_available
 from outside_in.loss import chunk_size
 from outside_in.optimizer import MATRIX_NDIM
 from outside_in.reports.flops import FORMULA, flops_per_token
-from outside_in.runtime.mesh import FSDP, describe_mesh, one_device
+from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
 
 GIB = 2**30
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
+
+
+def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
+    """Print what a run will be and need: `--check`."""
+    print(initialize_devices())
+    available, leaked = tokens_available(config), leaked_share(config)
+    print(*describe(run, model_config, config, available, leaked, make_mesh(config.mesh)), sep="\n")
 
 
 def describe(

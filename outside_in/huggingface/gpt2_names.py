@@ -53,7 +53,7 @@ COMPUTED = {  # what the options of a GPT2Config may be, of those that change th
     "add_cross_attention": (False,),
 }
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-MOST_SHOWN = 12  # mismatches in one line
+MAX_SHOWN = 12  # mismatches in one line
 
 
 def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
@@ -135,8 +135,8 @@ def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) 
         elif str(short[name].dtype) not in FLOATS:
             complaints.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
     if complaints:
-        more = f"; and {len(complaints) - MOST_SHOWN} more" if len(complaints) > MOST_SHOWN else ""
-        raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MOST_SHOWN])}{more}")
+        more = f"; and {len(complaints) - MAX_SHOWN} more" if len(complaints) > MAX_SHOWN else ""
+        raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MAX_SHOWN])}{more}")
     arrays = {ours: _single(short[name], f"{source}: {name}") for name, (ours, _) in expected.items()}
     if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
         raise ValueError(f"{source}: {HEAD} is not wte.weight, but config.json says that they are tied")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import GPTModel
 from outside_in.data.loader import TokenStream
 from outside_in.runtime.mesh import AXES, one_device
-from outside_in.runtime.processes import put
+from outside_in.runtime.processes import device_put_global
 from outside_in.train_step import Compiled, compile_eval_step, eval_step
 
 
@@ -57,7 +57,9 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     )
     padding = [(0, inputs_MT.shape[0] // len(batches) * devices - len(inputs_MT)), (0, 0)]
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
-    inputs, targets = (put(array, sharding) for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding)))
+    inputs, targets = (
+        device_put_global(array, sharding) for array in (np.pad(inputs_MT, padding), np.pad(targets_MT, padding))
+    )
     return (inputs, targets), len(batches)
 
 

@@ -18,7 +18,7 @@ from outside_in.layers.attention import cached_attention
 from outside_in.layers.kernels import causal_attention
 
 TOKENS_PER_CALL = 8  # of the compiled loop: enough to hide its start, few enough to be read as they come
-SMALLEST_SIZE = 16  # positions: what is shorter is not compiled for itself
+MIN_SIZE = 16  # positions: what is shorter is not compiled for itself
 NO_TOKEN = -1
 
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, N, S, H)
@@ -77,12 +77,12 @@ def stream(
         if cache is None:
             read = text.shape[1] - 1  # the last token is the first that the loop takes
             prompt = np.pad(text[:, :read], ((0, 0), (0, _padded(read, size) - read)))
-            cache = _read(graph, params, prompt, size, num_samples // len(text))
+            cache = prefill(graph, params, prompt, size, num_samples // len(text))
             text = np.repeat(text, num_samples // len(text), axis=0)  # all samples begin with the same one
         count = min(TOKENS_PER_CALL, num_tokens - made, context_length + 1 - text.shape[1])
         where = text[:, -1], text.shape[1] - 1, made, ended
         stop = NO_TOKEN if stop_id is None else stop_id
-        cache, new_BC = _write(graph, params, cache, *where, count, sampling, seed, stop)
+        cache, new_BC = decode(graph, params, cache, *where, count, sampling, seed, stop)
         new = np.asarray(new_BC)[:, :count]
         stops = (new == stop) & ~ended[:, None]
         lengths = np.where(stops.any(axis=1), stops.argmax(axis=1) + 1, count) * ~ended
@@ -111,11 +111,11 @@ def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _padded(length: int, most: int) -> int:
     """Round a length up to a power of two, so that few shapes are compiled."""
-    return min(most, max(SMALLEST_SIZE, 1 << (length - 1).bit_length()))
+    return min(most, max(MIN_SIZE, 1 << (length - 1).bit_length()))
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def _read(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: int, copies: int) -> Cache:
+def prefill(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: int, copies: int) -> Cache:
     """Fill a cache of `size` positions; what padded tokens leave in it is overwritten before it can be seen."""
     model, cache = nnx.merge(graph, params), []
 
@@ -132,7 +132,7 @@ def _read(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: in
 
 
 @partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _write(
+def decode(
     graph: nnx.GraphDef,
     params: nnx.State,
     cache: Cache,

@@ -17,8 +17,8 @@ from outside_in.data.token_files import count_tokens
 from outside_in.inference.evaluation import num_windows, standard_error, windowed_losses
 from outside_in.inference.hellaswag import Question, answer, count_longer, read_questions
 from outside_in.inference.load import find_weights, load_saved_model
-from outside_in.runtime import cli
-from outside_in.runtime.mesh import describe_devices
+from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.log import log
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.weights import read_model_json
 
@@ -34,7 +34,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict
     subject, tokens = None, None
     if args.dataset or not questions:
         subject, tokens = read_tokens(args, files)
-    cli.say(describe_devices())
+    log.info(initialize_devices())
     rows: list[dict[str, Any]] = []
     first = None
     for path, file in zip(args.models, files, strict=True):

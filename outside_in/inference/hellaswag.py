@@ -19,7 +19,7 @@ from outside_in.data import tokenizer
 from outside_in.inference.evaluation import completion_losses
 
 HUB_DATASET, SPLIT = "Rowan/hellaswag", "validation"
-MOST_LINE_BYTES = 100_000
+MAX_LINE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def count_longer(questions: list[Question], context_length: int) -> int:
 
 def _rows(path: Path) -> Generator[tuple[str, Any]]:
     with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             where = f"{path}: line {number:,}"
             try:
-                if len(line) > MOST_LINE_BYTES:
-                    raise ValueError(f"more than {MOST_LINE_BYTES:,} bytes")
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
                 if line.strip():
                     yield where, json.loads(line)
             except (ValueError, RecursionError) as error:

@@ -36,12 +36,12 @@ class Curve(NamedTuple):
 
 
 def draw_loss(
-    path: Path, records: list[Record], *, interval: int, title: str, landmarks: dict[str, float] | None = None
+    path: Path, records: list[Record], *, interval: int, title: str, reference_losses: dict[str, float] | None = None
 ) -> None:
     """Draw the training loss (average and min-max band per checkpoint period) and the validation loss.
 
     `interval` is the period's length in global steps; while the run is younger than ten periods, shorter ones are
-    drawn. `landmarks` are named losses in nats, drawn as horizontal lines.
+    drawn. `reference_losses` are named losses in nats, drawn as horizontal lines.
     """
     finite = [record for record in records if record["loss"] is not None]
     if not finite:
@@ -62,7 +62,7 @@ def draw_loss(
         axes.axvline(
             best_step, color="black", linestyle="--", linewidth=1, label=f"best: {best:.3f} at step {best_step:,}"
         )
-        for number, (name, value) in enumerate((landmarks or {}).items()):
+        for number, (name, value) in enumerate((reference_losses or {}).items()):
             axes.axhline(
                 value, color="gray", linestyle=(":", "-.")[number % 2], linewidth=1, label=f"{name} {value:.2f}"
             )

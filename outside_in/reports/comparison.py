@@ -18,11 +18,11 @@ from outside_in.reports.charts import X_LABELS, Curve, draw_comparison
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 
-Column = Callable[["Trained"], str]
+Column = Callable[["RunResult"], str]
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunResult:
     """A run that has metrics."""
 
     run: RunDirectory
@@ -32,7 +32,7 @@ class Trained:
     checkpoint_seconds: float | None  # of training, with compiling, validation and checkpoints
 
     @property
-    def judged_on(self) -> tuple[Any, ...]:
+    def comparison_key(self) -> tuple[Any, ...]:
         """What the losses of two runs must share to be comparable."""
         config = self.config
         return self.model_config.vocab_size, config.objective, config.dataset, config.start_val_token
@@ -76,12 +76,12 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
     return [*table(trained), "", *skipped, f"chart: {chart}"]
 
 
-def read(run: RunDirectory) -> Trained | None:
+def read(run: RunDirectory) -> RunResult | None:
     """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.read(run.metrics)
     metrics.check_complete(run.metrics, records)
-    return Trained(run, model_config, config, records, seconds_trained(run)) if records else None
+    return RunResult(run, model_config, config, records, seconds_trained(run)) if records else None
 
 
 def seconds_trained(run: RunDirectory) -> float | None:
@@ -91,15 +91,15 @@ def seconds_trained(run: RunDirectory) -> float | None:
     return None
 
 
-def outsiders(runs: list[Trained]) -> list[Trained]:
+def not_comparable(runs: list[RunResult]) -> list[RunResult]:
     """Return the runs whose losses cannot be compared with those of most others (of the first, in a tie)."""
-    [(usual, _)] = Counter(run.judged_on for run in runs).most_common(1)
-    return [run for run in runs if run.judged_on != usual]
+    [(usual, _)] = Counter(run.comparison_key for run in runs).most_common(1)
+    return [run for run in runs if run.comparison_key != usual]
 
 
-def table(runs: list[Trained]) -> list[str]:
+def table(runs: list[RunResult]) -> list[str]:
     """Return the lines of a Markdown table; runs on other data or another vocabulary than most are marked."""
-    marked, names = outsiders(runs), labels(runs)
+    marked, names = not_comparable(runs), labels(runs)
     columns: dict[str, Column] = {
         "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
         "parameters": lambda run: f"{count_parameters(run.model_config):,}",
@@ -120,13 +120,13 @@ def table(runs: list[Trained]) -> list[str]:
     return lines
 
 
-def labels(runs: list[Trained]) -> dict[RunDirectory, str]:
+def labels(runs: list[RunResult]) -> dict[RunDirectory, str]:
     """Name every run by its folder's name, or all by their paths where two names are the same."""
     are_unique = len({run.run.path.name for run in runs}) == len(runs)
     return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
 
 
-def _curve(run: Trained, label: str, x: str) -> Curve:
+def _curve(run: RunResult, label: str, x: str) -> Curve:
     seconds = accumulate(record["seconds"] for record in run.records)
     positions = {
         "tokens": [record["tokens_seen"] for record in run.records],

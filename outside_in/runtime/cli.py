@@ -1,11 +1,10 @@
-"""The manners that all programs share: one-line errors and warnings, exit codes, `--debug`, dated lines."""
+"""What all programs share: one-line errors and warnings, exit codes, `--debug`."""
 
 import argparse
 import contextlib
 import errno
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,8 +12,9 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
+from outside_in.runtime import log
+
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-_is_quiet = False
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -59,22 +59,6 @@ class _LastingStream:
         return getattr(self._stream, name)
 
 
-def be_quiet() -> None:
-    """Say nothing from now on but errors: another process speaks for this one."""
-    global _is_quiet
-    _is_quiet = True
-
-
-def is_quiet() -> bool:
-    return _is_quiet
-
-
-def say(*lines: str) -> None:
-    """Print dated lines, above the progress bar where there is one."""
-    for line in () if _is_quiet else lines:
-        tqdm.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
-
-
 def run(
     main: Callable[[argparse.Namespace], int], parser: ArgumentParser, arguments: list[str] | None = None
 ) -> NoReturn:
@@ -84,6 +68,7 @@ def run(
     """
     args = parser.parse_args(arguments)
     warnings.showwarning = _show_warning
+    log.set_up()
     output: Any = _LastingStream(sys.stdout)
     errors: Any = _LastingStream(sys.stderr)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -93,13 +78,13 @@ def run(
             print("interrupted", file=sys.stderr)
             code = INTERRUPTED
         except Exception as error:
-            code = complain(error, debug=args.debug)
+            code = report_error(error, debug=args.debug)
         output.flush(finally_=True)
         errors.flush(finally_=True)
     raise SystemExit(code)
 
 
-def complain(error: Exception, *, debug: bool) -> int:
+def report_error(error: Exception, *, debug: bool) -> int:
     """Print an error as one line, after its traceback when debugging; return the exit code that it means."""
     if debug:
         traceback.print_exception(error)

@@ -15,19 +15,19 @@ from typing import Any
 
 import jax
 
-LARGEST_BYTES = 2**30  # of the folder at a start; JAX's own bound costs 0.2 s for every new entry
+MAX_BYTES = 2**30  # of the folder at a start; JAX's own bound costs 0.2 s for every new entry
 OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 COMPLAINT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(\w+)'")
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
     """Let JAX keep what it compiles from now on, or warn that it cannot; where the user has told JAX, that holds."""
     config: Any = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     try:
         folder = private_folder()
-        prune(folder, LARGEST_BYTES)
+        prune(folder, MAX_BYTES)
     except (OSError, RuntimeError) as error:  # there may be no home
         warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
         return
@@ -35,7 +35,7 @@ def keep_compiled() -> None:
         if option.upper() not in os.environ:
             config.update(option, value)
     config.update("jax_compilation_cache_dir", str(folder))
-    mend(folder)
+    drop_corrupt_entries(folder)
 
 
 def private_folder() -> Path:
@@ -59,7 +59,7 @@ def prune(folder: Path, largest_bytes: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def mend(folder: Path) -> None:
+def drop_corrupt_entries(folder: Path) -> None:
     """Remove entries that JAX complains of: it compiles in their stead, but never writes over them.
 
     Only its first complaint is shown: a full disk would cause one for each program.

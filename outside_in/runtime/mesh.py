@@ -1,14 +1,11 @@
-"""The devices: which ones there are, how a run is spread over them, and a quiet start on machines without a GPU.
+"""The mesh: how a run is sharded over devices.
 
-A run has one mesh of devices with two axes. Sequences are spread over both; parameters, moments and gradients over
+A run has one mesh of devices with two axes. Sequences are sharded over both; parameters, moments and gradients over
 `fsdp` (https://arxiv.org/abs/1910.02054), by one rule. One device is a mesh of one.
 """
 
-import ctypes
 import functools
-import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,40 +14,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from outside_in.config import MeshConfig
-from outside_in.runtime.compilation_cache import keep_compiled
-from outside_in.runtime.processes import put
+from outside_in.runtime.processes import device_put_global
 
-NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 DATA, FSDP = AXES = ("data", "fsdp")
-SMALLEST_SHARDED = 2048  # numbers: gathering less costs more than it saves
-M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
-
-
-def describe_devices() -> str:
-    """Start JAX's backend and say in one line what the program runs on; what it compiles is kept from now on.
-
-    JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
-    """
-    keep_compiled()
-    complaints: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        complaints.append(record.getMessage())
-        return "xla_cuda" not in record.getMessage()
-
-    logger = logging.getLogger("jax._src.xla_bridge")
-    logger.addFilter(keep)
-    if not NVIDIA.exists():
-        keep_freed_memory()
-    try:
-        devices = jax.local_devices()
-    finally:
-        logger.removeFilter(keep)
-    device = devices[0]
-    if device.platform == "cpu":
-        no_driver = any("cuda" in line for line in complaints)
-        return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
-    return f"running on {device.device_kind}"
+MIN_SHARDED = 2048  # numbers: gathering less costs more than it saves
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -63,9 +30,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     data = count // fsdp if config.data == -1 else config.data
     least = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
     if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
-        fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         raise ValueError(
-            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {fitting} divide; "
+            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {divisors} divide; "
             "data=-1 takes what fsdp leaves"
         )
     return _mesh(tuple(devices[: data * fsdp]), data, fsdp)
@@ -81,7 +48,7 @@ def _mesh(devices: tuple[jax.Device, ...], data: int, fsdp: int) -> Mesh:
     return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def own_columns(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
+def local_sequence_slice(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
     """Say which sequences of a microbatch over all devices are this process's; None when all are."""
     if jax.process_count() == 1:
         return None
@@ -97,7 +64,7 @@ def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """
     parts = mesh.shape[FSDP]
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or math.prod(shape) < SMALLEST_SHARDED or not divisible:
+    if parts == 1 or math.prod(shape) < MIN_SHARDED or not divisible:
         return PartitionSpec()
     largest = max(divisible, key=lambda axis: shape[axis])
     return PartitionSpec(*[None] * largest, FSDP)
@@ -111,7 +78,7 @@ def array_shardings(state: Any, mesh: Mesh) -> Any:
 def place(module: Any, mesh: Mesh) -> None:
     """Move the arrays of a model or an optimiser to where the rule has them."""
     state = nnx.state(module)
-    nnx.update(module, jax.tree.map(put, state, array_shardings(state, mesh)))
+    nnx.update(module, jax.tree.map(device_put_global, state, array_shardings(state, mesh)))
 
 
 def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
@@ -129,28 +96,3 @@ def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
         told = "whole on every device" if axis is None else f"axis {axis} over fsdp"
         lines.append(f"        {name} {list(shape)}: {told}")
     return lines
-
-
-def device_kind() -> str:
-    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
-    return jax.local_devices()[0].device_kind
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step on the CPU frees, instead of asking the system for the same pages at every step.
-
-    A step takes a hundred megabytes and more, and touching fresh pages costs an eighth of its time. Works before JAX
-    starts its threads: each would get an arena of its own, and glibc gives large buffers of those back at once.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
-    if mallopt:
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def give_back_freed_memory() -> None:
-    """Give the system what glibc has kept until now: compiling leaves hundreds of megabytes in small pieces."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim:
-        malloc_trim(0)

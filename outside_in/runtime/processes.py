@@ -1,4 +1,4 @@
-"""Several processes that train one run: how they find each other, and how they stay of one mind.
+"""Several processes that train one run: how they meet, and how they agree.
 
 They are JAX's (https://docs.jax.dev/en/latest/multi_process.html): each runs the same program on its own devices, and
 the first of them alone writes files and speaks.
@@ -9,12 +9,13 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 OTHER_ERROR = -1
 START_SECONDS = 60  # within which all processes must have come
@@ -73,17 +74,17 @@ def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def is_first() -> bool:
-    return not are_several() or jax.process_index() == 0
+def is_main_process() -> bool:
+    return not is_distributed() or jax.process_index() == 0
 
 
-def are_several() -> bool:
+def is_distributed() -> bool:
     """Say whether others have joined; a process on its own does not start JAX's devices for the answer."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def propagate_errors() -> Iterator[None]:
     """Let what fails in one process fail in all of them, instead of leaving the others to wait.
 
     An OSError is one in all, with the same number, so that all may go on in the same way. Nothing in the block may wait
@@ -94,7 +95,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if are_several():
+    if is_distributed():
         number = failure.errno or OTHER_ERROR if isinstance(failure, OSError) else OTHER_ERROR
         numbers = multihost_utils.process_allgather(np.array(number if failure is not None else 0))
         if failure is None and numbers.any():
@@ -107,42 +108,62 @@ def together() -> Iterator[None]:
         raise failure
 
 
-def largest(number: int) -> int:
+def all_max(number: int) -> int:
     """Return the largest number that any of the processes has."""
-    return int(multihost_utils.process_allgather(np.array(number)).max()) if are_several() else number
+    return start_all_max(number)()
 
 
-def put(array: Any, sharding: Any) -> jax.Array:
+def start_all_max(number: int) -> Callable[[], int]:
+    """Start to find the largest number that any process has; the function that this returns waits for it."""
+    if not is_distributed():
+        return lambda: number
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "device"), PartitionSpec("device"))
+    numbers = np.full(jax.local_device_count(), number, np.uint32)
+    largest = _max(jax.make_array_from_process_local_data(sharding, numbers))
+    return lambda: int(largest.addressable_data(0))
+
+
+@jax.jit
+def _max(numbers: jax.Array) -> jax.Array:
+    return numbers.max()
+
+
+def device_put_global(array: Any, sharding: Any) -> jax.Array:
     """Put an array that every process has on the devices; each brings the parts of its own."""
-    if not are_several() or sharding is None:
+    if not is_distributed() or sharding is None:
         return jax.device_put(array, sharding)
     on_host = np.asarray(array)
     return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
 
 
+def on_main_process(do: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Call a function in the main process only; where it fails, all processes fail."""
+    with propagate_errors():
+        if is_main_process():
+            do(*arguments, **options)
+
+
 @contextlib.contextmanager
-def by_the_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context in the first process only; where that fails, all fail."""
+def held_by_main_process(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter a context in the main process only; where that fails, all processes fail."""
     with contextlib.ExitStack() as stack:
-        with together():
-            if is_first():
-                stack.enter_context(context)
+        on_main_process(stack.enter_context, context)
         yield
 
 
-def from_the_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Return the first process's value, which JSON can hold, in all of them."""
-    if not are_several():
+    if not is_distributed():
         return value
-    content = json.dumps(value).encode() if is_first() else b""
+    content = json.dumps(value).encode() if is_main_process() else b""
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(content), np.int32)))
-    padded = np.frombuffer(content.ljust(length), np.uint8) if is_first() else np.zeros(length, np.uint8)
+    padded = np.frombuffer(content.ljust(length), np.uint8) if is_main_process() else np.zeros(length, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
 
 
 def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError that names the first key in which this process's configs, by file, differ from the first's."""
-    for file, theirs in from_the_first({file: dict(config) for file, config in configs.items()}).items():
+    for file, theirs in broadcast({file: dict(config) for file, config in configs.items()}).items():
         ours = json.loads(json.dumps(dict(configs[file])))
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
@@ -152,7 +173,7 @@ def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def fetch(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def gather_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Copy arrays to the host of every process, also those that are spread over several."""
     spread = {name for name, x in arrays.items() if not (x.is_fully_addressable or x.is_fully_replicated)}
     whole = jax.device_get({name: array for name, array in arrays.items() if name not in spread})

@@ -20,18 +20,20 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 class StopRequest:
     """Whether, and by which signal, the user has asked for a stop; and whether for a checkpoint meanwhile.
 
-    With `shared` there are several processes: then only what all of them have agreed upon counts.
+    When `is_distributed`, only what all processes have agreed upon counts.
     """
 
     def __init__(self) -> None:
-        self.shared = False
+        self.is_distributed = False
         self.signal_number: int | None = None
         self._agreed_number: int | None = None
         self._wants_save = threading.Event()
         self._agreed_save = threading.Event()
 
-    def wish(self) -> int:
-        """Return what this process would have all do: a signal's number, or 0."""
+    def pending_signal(self) -> int:
+        """Return the number of the signal that this process would have all of several act upon, or 0."""
+        if not self.is_distributed:
+            return 0
         if self.signal_number is not None:
             return self.signal_number
         if self._wants_save.is_set():
@@ -39,11 +41,11 @@ class StopRequest:
             return signal.SIGUSR1
         return 0
 
-    def heed(self, wish: int) -> None:
-        """Do what any of the processes wishes, at a step at which all of them know it."""
-        if wish in EXIT_CODES:
-            self._agreed_number = wish
-        elif wish:
+    def apply(self, agreed: int) -> None:
+        """Act upon the signal that all processes have agreed upon, at a step at which all know it; 0 is none."""
+        if agreed in EXIT_CODES:
+            self._agreed_number = agreed
+        elif agreed:
             self._agreed_save.set()
 
     def ask_to_save(self) -> None:
@@ -51,13 +53,13 @@ class StopRequest:
 
     def take_save_request(self) -> bool:
         """Say whether a checkpoint was asked for since the last call."""
-        event = self._agreed_save if self.shared else self._wants_save
+        event = self._agreed_save if self.is_distributed else self._wants_save
         if wanted := event.is_set():
             event.clear()
         return wanted
 
     def __bool__(self) -> bool:
-        return (self._agreed_number if self.shared else self.signal_number) is not None
+        return (self._agreed_number if self.is_distributed else self.signal_number) is not None
 
     @property
     def exit_code(self) -> int:

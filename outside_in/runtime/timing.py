@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 
-class Stopwatch:
+class TimeBudget:
     """Books every second for one thing, from its making on; a thing inside another one interrupts that."""
 
     def __init__(self, what: str) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._what, self._since = what, time.monotonic()
 
-    def turn_to(self, what: str) -> str:
+    def switch(self, what: str) -> str:
         """Book the time until now, and from now on for `what`; return what it was booked for."""
         before, now = self._what, time.monotonic()
         self._seconds[before] += now - self._since
@@ -23,15 +23,15 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        before = self.turn_to(what)
+        before = self.switch(what)
         try:
             yield
         finally:
-            self.turn_to(before)
+            self.switch(before)
 
     def describe(self) -> str:
         """Return one line, what took longest first."""
-        self.turn_to(self._what)
+        self.switch(self._what)
         total = max(sum(self._seconds.values()), 1e-9)
         shares = (
             f"{timedelta(seconds=round(seconds))} {what} ({seconds / total:.1%})"

@@ -9,10 +9,43 @@ from typing import Any
 from outside_in.storage import atomic
 
 Record = dict[str, Any]
-LONGEST_LINE = 100_000  # bytes; a record has some hundred
+MAX_LINE_BYTES = 100_000  # bytes; a record has some hundred
 
 NUMBERS = {"clipped", "learning_rate", "rejected", "rejected_updates", "seconds", "tokens_seen"}  # in every record
 NULLABLE = {"gradient_norm", "loss"}  # as well, null where they were not finite
+
+
+class MetricsLog:
+    """The records of a run, and how many of them its file has; without `enabled` there is no file."""
+
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self._path, self._enabled = path, enabled
+        self.records: list[Record] = []
+        self._written = 0
+
+    @property
+    def is_written(self) -> bool:
+        return self._written == len(self.records)
+
+    def read(self) -> list[Record]:
+        return read(self._path) if self._enabled else []
+
+    def write(self, *, durable: bool = False) -> None:
+        """Append what the file lacks; after an OSError it is still to be written."""
+        if self._enabled:
+            append(self._path, self.records[self._written :], durable=durable)
+        self._written = len(self.records)
+
+    def rewrite(self) -> None:
+        """Replace the file, for a record that has changed since it was written."""
+        if self._enabled:
+            rewrite(self._path, self.records)
+
+    def cut_after(self, global_step: int) -> None:
+        """Read the file, and drop later steps from it."""
+        if self._enabled:
+            self.records = cut_after(self._path, global_step)
+            self._written = len(self.records)
 
 
 def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> None:
@@ -32,8 +65,8 @@ def read(path: Path, until: int | None = None) -> list[Record]:
         raise ValueError(f"{path}: expected a file of metrics, got a folder or a device; move it away")
     records = []
     with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
-            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                 break  # torn
             try:
                 records.append(_parse(line))

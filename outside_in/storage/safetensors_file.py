@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-LARGEST_HEADER_BYTES = 4_000_000  # enough for thousands of layers
+MAX_HEADER_BYTES = 4_000_000  # enough for thousands of layers
 
 
 def open_tensors(path: Path) -> Any:
@@ -15,7 +15,7 @@ def open_tensors(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER_BYTES:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
                 raise OSError("its header is too large")
         return safe_open(path, "numpy")
     except (SafetensorError, OSError) as error:  # which may quote the file, line breaks and all

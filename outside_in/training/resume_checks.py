@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the world it was trained in, and what of that may differ when it goes on."""
+"""What a checkpoint remembers of the world it was trained in, and what of that may differ on resume."""
 
 import importlib.metadata
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
+from outside_in.runtime.log import log
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
@@ -30,16 +31,16 @@ def versions() -> dict[str, str]:
 
 
 def check_form(meta: dict[str, Any], source: Path) -> None:
-    """Raise ValueError when a checkpoint's meta lacks what going on from it takes; `source` names its file."""
+    """Raise ValueError when a checkpoint's meta lacks what resuming takes; `source` names its file."""
     expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
     expected |= {"seconds_paused": float} if "seconds_paused" in meta else {}
     unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
     if unusable:
-        raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; go on from another checkpoint with --from")
+        raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; resume from another checkpoint with --from")
 
 
-def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> list[str]:
-    """Compare configs and versions with a snapshot; return a line for every difference that is allowed.
+def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> None:
+    """Compare configs and versions with a snapshot; log every difference that is allowed.
 
     Raises ValueError on a fatal change, and on an announced one unless `accept`.
     """
@@ -50,17 +51,17 @@ def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig,
     if changes["fatal"]:
         raise ValueError(f"{'; '.join(changes['fatal'])}: this cannot change within a run; undo it or start a new run")
     if changes["announced"] and not accept:
-        raise ValueError(f"{'; '.join(changes['announced'])}: undo it, or go on with --accept-changes")
-    differences = [f"since the checkpoint: {change}" for change in changes["announced"] + changes["free"]]
+        raise ValueError(f"{'; '.join(changes['announced'])}: undo it, or resume with --accept-changes")
+    for change in changes["announced"] + changes["free"]:
+        log.info(f"since the checkpoint: {change}")
     for name, version in versions().items():
         if (old_version := saved["versions"].get(name)) != version:
-            differences.append(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
-    return differences
+            log.info(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
 
 
 def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
     """Raise ValueError when the training tokens differ from a snapshot's, or the validation tokens unless `accept`."""
-    for split, remedy in (("train", "start a new run"), ("validation", "go on with --accept-changes")):
+    for split, remedy in (("train", "start a new run"), ("validation", "resume with --accept-changes")):
         old, new = saved["data"].get(split), data[split]
         if old != new and not (split == "validation" and accept):
             revisions = f"{saved['data'].get('revision')} → {data.get('revision')}"

@@ -1,59 +1,60 @@
-"""How a run starts or goes on: its tokens, model and optimiser, and what a checkpoint says of them."""
+"""How a run starts or resumes: its plan, its tokens, model and optimizer, and what a checkpoint says of them."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 import checkpointing
+from checkpointing import Checkpoint
 from model import create_model
-from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config, steps_per_epoch
+from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config, with_sequences_per_step
 from outside_in.data.loader import fingerprint, open_streams, unigram_entropy
-from outside_in.data.prepare.description import recorded_leakage
+from outside_in.data.run_length import total_steps, whole_steps
 from outside_in.data.sources import dataset_folder, dataset_revision
-from outside_in.data.token_files import count_tokens
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import processes
-from outside_in.runtime.mesh import own_columns, place
-from outside_in.runtime.timing import Stopwatch
+from outside_in.runtime.log import log
+from outside_in.runtime.mesh import local_sequence_slice, make_mesh, place
+from outside_in.runtime.timing import TimeBudget
 from outside_in.storage import manifest, samples
+from outside_in.storage.metrics import MetricsLog
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.training import resume_checks
-from outside_in.training.state import Training, at_milestone, cut_after
+from outside_in.training.state import TrainState, forget_after, set_history_aside
 from outside_in.weights import load_model, read_model_json
 
 
-def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
-    """Count the training tokens from `start_train_token` on; None when they are not here and `fetch` is off."""
-    path = dataset_folder(config.dataset, fetch=fetch) / "train.safetensors"
-    if not fetch and not path.exists():
-        return None
-    return max(0, count_tokens(path) - config.start_train_token)
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be on the devices that are there."""
+
+    run: RunDirectory
+    model_config: ModelConfig
+    config: TrainConfig  # with as many microbatches as the mesh takes
+    config_as_written: TrainConfig  # in train.json
+    mesh: Mesh
+    total_steps: int
 
 
-def leaked_share(config: TrainConfig) -> float | None:
-    """Say what share of validation occurs in training, where the dataset's `data.json` does."""
-    return recorded_leakage(dataset_folder(config.dataset, fetch=False))
+def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, checkpoint: Checkpoint | None) -> Plan:
+    """Return a run's plan; a run keeps the sequences per global step with which it began, on any devices."""
+    mesh = make_mesh(config.mesh)
+    devices = devices_at_start(config, checkpoint.meta) if checkpoint else mesh.devices.size
+    sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
+    adapted = with_sequences_per_step(config, sequences, mesh.devices.size)
+    return Plan(run, model_config, adapted, config, mesh, whole_steps(model_config, config, devices))
 
 
-def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1, *, fetch: bool = False) -> int | None:
-    """Count the global steps of a whole run that begins on so many devices.
-
-    None when that takes data that are not here and `fetch` is off.
-    """
-    steps = steps_per_epoch(model_config, config, devices=devices)
-    if steps is None:
-        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch), devices)
-    return None if steps is None else steps * config.epochs
-
-
-def whole_steps(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
-    """Count the global steps as `total_steps` does, fetching the data; raises ValueError when there are none."""
-    total = total_steps(model_config, config, devices, fetch=True)
-    if not total:
-        raise ValueError(f"{run.train_config}: {config.dataset} has too few tokens for one global step")
-    return total
+def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
+    """Return on how many devices a run has begun, by what a checkpoint says: that sets the size of a global step."""
+    of_one = config.gradient_accumulation_steps * config.microbatch_size
+    sequences = meta.get("sequences_per_step", of_one)
+    if not isinstance(sequences, int) or sequences < of_one or sequences % of_one:
+        raise ValueError(f"sequences_per_step of the checkpoint: expected a multiple of {of_one}, got {sequences!r}")
+    return sequences // of_one
 
 
 def describe_progress(run: RunDirectory) -> str:
@@ -70,113 +71,96 @@ def describe_progress(run: RunDirectory) -> str:
     return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
 
 
-def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
-    """Return on how many devices a run has begun, by what a checkpoint says: that sets the size of a global step."""
-    own = config.gradient_accumulation_steps * config.microbatch_size
-    sequences = meta.get("sequences_per_step", own)
-    if not isinstance(sequences, int) or sequences < own or sequences % own:
-        raise ValueError(f"sequences_per_step of the checkpoint: expected a multiple of {own}, got {sequences!r}")
-    return sequences // own
-
-
-def set_up(
-    run: RunDirectory,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    total: int,
-    mesh: Mesh,
-    stopwatch: Stopwatch,
-    given: TrainConfig,
-) -> Training:
-    """Load the tokens, and build a fresh model and optimiser.
-
-    `config` has as many microbatches as the mesh takes, `given` what train.json says.
-    """
-    with processes.together():
+def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
+    """Load the tokens, and build a fresh model and optimizer."""
+    config, mesh = plan.config, plan.mesh
+    with processes.propagate_errors():
         folder = dataset_folder(config.dataset)
-        columns = own_columns(mesh, config.microbatch_size)
-        steps = total // config.epochs
-        train_stream, val_stream = open_streams(folder, model_config, config, steps, mesh.devices.size, columns)
-    uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(train_stream.tokens)
-    landmarks = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
-    if unigram < uniform - 0.05:
-        landmarks["unigram entropy of the data"] = unigram
-    prints = {
-        "train": fingerprint(train_stream.tokens) if processes.is_first() else None,
+        local_sequences = local_sequence_slice(mesh, config.microbatch_size)
+        steps = plan.total_steps // config.epochs
+        train_stream, val_stream = open_streams(
+            folder, plan.model_config, config, steps, mesh.devices.size, local_sequences
+        )
+    fingerprints = {
+        "train": fingerprint(train_stream.tokens) if processes.is_main_process() else None,
         "validation": fingerprint(val_stream.tokens) if val_stream else None,
         "revision": dataset_revision(folder),
     }
-    prints = processes.from_the_first(prints)
-    model = create_model(model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
+    fingerprints = processes.broadcast(fingerprints)
+    model = create_model(plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
     place(model, mesh)
-    optimizer = make_optimizer(model, config, total)
+    optimizer = make_optimizer(model, config, plan.total_steps)
     place(optimizer, mesh)
-    return Training(
-        run=run,
-        model_config=model_config,
+    return TrainState(
+        run=plan.run,
+        model_config=plan.model_config,
         config=config,
         mesh=mesh,
-        total_steps=total,
+        total_steps=plan.total_steps,
         model=model,
         optimizer=optimizer,
         train_stream=train_stream,
         val_stream=val_stream,
-        snapshot=resume_checks.snapshot(model_config, given, prints),
-        landmarks=landmarks,
-        stopwatch=stopwatch,
+        snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints),
+        reference_losses=reference_losses(plan.model_config, train_stream.tokens),
+        time_budget=time_budget,
+        metrics=MetricsLog(plan.run.metrics, enabled=processes.is_main_process()),
     )
 
 
-def start_from_weights(training: Training) -> list[str]:
-    """Put `initial_weights` into the fresh model of a new run; return what there is to say.
+def reference_losses(model_config: ModelConfig, tokens: Any) -> dict[str, float]:
+    """Return losses in nats to compare a run's with, by what reaches them."""
+    uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(tokens)
+    losses = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
+    return losses | ({"unigram entropy of the data": unigram} if unigram < uniform - 0.05 else {})
 
-    Raises ValueError when they are those of another model.
-    """
-    if training.config.initial_weights is None:
-        return []
-    own = training.run.path / training.config.initial_weights  # as an import has it, so that a run can be moved
-    path = own if own.is_file() else Path(training.config.initial_weights)
-    theirs = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
-    ours = training.model_config.model_dump()
-    if differing := [f"{name} {theirs[name]} against {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+
+def start(state: TrainState) -> None:
+    """Begin a new run: from `initial_weights` where there are some, with no history."""
+    with processes.propagate_errors():
+        load_initial_weights(state)
+        set_history_aside(state)
+        forget_after(state, 0)
+
+
+def load_initial_weights(state: TrainState) -> None:
+    """Put `initial_weights` into a fresh model; raises ValueError when they are those of another model."""
+    if state.config.initial_weights is None:
+        return
+    in_the_run = state.run.path / state.config.initial_weights  # as an import has it, so that a run can be moved
+    path = in_the_run if in_the_run.is_file() else Path(state.config.initial_weights)
+    found = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
+    expected = state.model_config.model_dump()
+    if differing := [f"{key} {found[key]} against {value}" for key, value in expected.items() if found[key] != value]:
         raise ValueError(f"initial_weights: {path} is of another model than model.json: {', '.join(differing)}")
     manifest.check_alone(path)
-    load_model(path, training.model)
-    return [f"starting from the weights in {path}"]
+    load_model(path, state.model)
+    log.info(f"starting from the weights in {path}")
 
 
-def go_on_from(
-    checkpoint: checkpointing.Checkpoint, training: Training, *, accept: bool, commit_again: bool
-) -> list[str]:
-    """Load a checkpoint, and forget the metrics and samples of later steps; return what there is to say.
+def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_again: bool) -> None:
+    """Load a checkpoint, and forget the metrics and samples of later steps.
 
-    `accept` other validation tokens; `commit_again` makes it the newest, so that the next start goes on from it too.
+    `accept` other validation tokens; `commit_again` makes it the newest, so that the next start resumes from it too.
     """
-    resume_checks.check_data(checkpoint.meta, training.snapshot["data"], accept=accept)
-    with processes.together():
-        checkpointing.load(checkpoint, training.model, training.optimizer)
-    training.global_step = training.saved_step = checkpoint.global_step
-    training.seconds_before = checkpoint.meta["seconds_trained"]
-    training.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
+    resume_checks.check_data(checkpoint.meta, state.snapshot["data"], accept=accept)
+    with processes.propagate_errors():
+        checkpointing.load(checkpoint, state.model, state.optimizer)
+    state.global_step = state.saved_step = checkpoint.global_step
+    state.seconds_before = checkpoint.meta["seconds_trained"]
+    state.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
     if commit_again:
-        meta = checkpoint.meta | training.snapshot
-        state = checkpointing.copy_to_host(training.model, training.optimizer)
-        staged = checkpointing.stage(training.run.checkpoints, training.optimizer, checkpoint.global_step)
-        model_json = training.model_config.model_dump_json()
-        with processes.together():
-            if processes.is_first():
-                checkpointing.save(training.run.checkpoints, state, meta, model_json, staged)
-    with processes.together():
-        cut_after(training, checkpoint.global_step)
-    was_broken_off = not checkpoint.meta.get("is_milestone", True)
-    steps = [record["global_step"] for record in training.records]
-    has_record = checkpoint.global_step in steps[-1:]
-    lacks_milestone = was_broken_off and at_milestone(training) and has_record
-    training.lacks_milestone = processes.from_the_first(lacks_milestone)
-    if training.lacks_milestone and processes.is_first():  # its sample comes once more
-        samples.cut_after(training.run.samples, checkpoint.global_step - 1)
-    lines = [f"going on from step {checkpoint.global_step:,} of {training.total_steps:,}, {checkpoint.path}"]
-    if steps != list(range(1, checkpoint.global_step + 1)):
-        gap = f"WARNING {training.run.metrics} lacks steps before {checkpoint.global_step:,}; charts will show a gap"
-        lines.insert(0, gap)
-    return lines
+        meta, model_json = checkpoint.meta | state.snapshot, state.model_config.model_dump_json()
+        copy = checkpointing.snapshot(state.run.checkpoints, state.model, state.optimizer, state.global_step)
+        processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json)
+    with processes.propagate_errors():
+        forget_after(state, state.global_step)
+    steps = [record["global_step"] for record in state.records]
+    has_record = state.global_step in steps[-1:]
+    needs_validation = not checkpoint.is_validated and state.is_at_milestone and has_record
+    state.needs_validation = processes.broadcast(needs_validation)
+    if state.needs_validation and processes.is_main_process():  # its sample comes once more
+        samples.cut_after(state.run.samples, state.global_step - 1)
+    if steps != list(range(1, state.global_step + 1)):
+        log.warning(f"{state.run.metrics} lacks steps before {state.global_step:,}; charts will show a gap")
+    log.info(f"resuming from step {state.global_step:,} of {state.total_steps:,}, {checkpoint.path}")

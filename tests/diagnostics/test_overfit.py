@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_a_model_that_can_learn_gets_there_and_the_run_is_left_alone(call_progra
 
 
 def test_a_model_that_cannot_does_not(call_program, make_run, monkeypatch):
-    monkeypatch.setattr(overfit, "MOST_STEPS", 30)
+    monkeypatch.setattr(overfit, "MAX_STEPS", 30)
     run = make_run(model={"n_layers": 0}, train=SMALL)
     line = complaint(call_program("train", run, "--overfit-one-batch"), code=1)
     assert "did not get there: loss " in line and "after 29 updates" in line
@@ -39,9 +40,11 @@ def test_it_is_the_first_microbatch_of_the_run(make_run, monkeypatch):
     config = TrainConfig(**json.loads((make_run() / "train.json").read_text()))
     stream, _ = open_streams(Path(config.dataset), tiny_model_config(), config, 12)
     taken = []
-    monkeypatch.setattr(overfit, "MOST_STEPS", 1)
+    monkeypatch.setattr(overfit, "MAX_STEPS", 1)
     monkeypatch.setattr(
-        overfit, "compile_train_step", lambda _1, _2, batch, *_: taken.append(batch) or (lambda *_: {"loss": 9.0})
+        overfit,
+        "compile_train_step",
+        lambda _1, _2, batch, *_: taken.append(batch) or (lambda *_: SimpleNamespace(loss=9.0)),
     )
     assert list(overfit.overfit(tiny_model_config(), config, 12)) == [9.0]
     for part, whole in zip(taken[0][:2], stream.batch(0)):
@@ -52,6 +55,6 @@ def test_it_is_the_first_microbatch_of_the_run(make_run, monkeypatch):
 def test_it_ends_when_it_got_there_or_never_will(make_run, monkeypatch, losses, steps):
     config = TrainConfig(**json.loads((make_run() / "train.json").read_text()))
     rest = iter(losses)
-    monkeypatch.setattr(overfit, "MOST_STEPS", 9)
-    monkeypatch.setattr(overfit, "compile_train_step", lambda *_: lambda *_: {"loss": next(rest)})
+    monkeypatch.setattr(overfit, "MAX_STEPS", 9)
+    monkeypatch.setattr(overfit, "compile_train_step", lambda *_: lambda *_: SimpleNamespace(loss=next(rest)))
     assert len(list(overfit.overfit(tiny_model_config(), config, 12))) == steps

@@ -12,13 +12,13 @@ from helpers import ROOT, TINY_MODEL, tiny_model
 from outside_in.diagnostics.parameters import (
     array_table,
     check_parameters_changed,
-    describe_rejection,
-    first_loss_line,
     hash_line,
     matching,
     parameter_hashes,
 )
-from outside_in.train_step import NORM_SCALE
+from outside_in.diagnostics.rejections import describe_rejection
+from outside_in.train_step import NORM_SCALE, GradientDiagnostics
+from outside_in.training.monitor import log_first_loss
 
 PRINT_HASHES = """
 import json, sys
@@ -72,8 +72,8 @@ def test_an_update_that_changes_nothing_is_an_error():
 
 
 def rejection(norms, scaled=(0.0, 0.0, 0.0)):
-    evidence = [{"losses": np.ones(1), "gradient_norms": np.float32(norms), "scaled_norms": np.float32(scaled)}]
-    return describe_rejection(7, evidence, ["a", "b", "c"], ["c", "b", "a"], [], np.zeros((1, 1), int))
+    calls = [GradientDiagnostics(np.ones(1), np.float32(norms), np.float32(scaled))]
+    return describe_rejection(7, calls, ["a", "b", "c"], ["c", "b", "a"], [], np.zeros((1, 1), int))
 
 
 def test_a_rejection_names_the_first_bad_gradient_of_the_backward_pass():
@@ -111,8 +111,9 @@ def test_an_overflow_of_the_norm_is_called_that_and_names_the_largest_gradient(n
         (math.inf, True),
     ],
 )
-def test_the_first_loss_is_compared_with_a_uniform_guess(loss, warns):
-    line = first_loss_line(loss, 50257)
+def test_the_first_loss_is_compared_with_a_uniform_guess(logged, loss, warns):
+    log_first_loss(loss, 50257)
+    [line] = logged
     assert ("WARNING" in line) == warns
     assert f"{loss:.4f}" in line and "10.8249" in line and "50,257" in line and "\n" not in line
 
@@ -121,8 +122,9 @@ def test_the_first_loss_is_compared_with_a_uniform_guess(loss, warns):
     ("loss", "cause"),
     [(12.0, "a loss that is a sum"), (1.0, "targets that are the inputs"), (math.nan, "--debug-checks")],
 )
-def test_a_first_loss_that_is_off_comes_with_likely_causes(loss, cause):
-    assert cause in first_loss_line(loss, 50257).partition("likely causes: ")[2]
+def test_a_first_loss_that_is_off_comes_with_likely_causes(logged, loss, cause):
+    log_first_loss(loss, 50257)
+    assert cause in logged[0].partition("likely causes: ")[2]
 
 
 def test_a_line_of_hashes_marks_what_did_not_change():

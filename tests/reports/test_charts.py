@@ -33,7 +33,7 @@ RECORDS = {
 
 def draw(chart, path, records):
     if chart == "loss":
-        charts.draw_loss(path, records, interval=10, title="a run", landmarks={"uniform": 4.6, "unigram": 4.1})
+        charts.draw_loss(path, records, interval=10, title="a run", reference_losses={"uniform": 4.6, "unigram": 4.1})
     elif chart == "learning rate":
         charts.draw_learning_rate(path, records, title="a run")
     else:

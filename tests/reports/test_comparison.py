@@ -3,7 +3,7 @@ import json
 import pytest
 
 from outside_in.reports.charts import Curve
-from outside_in.reports.comparison import X_LABELS, compare, labels, outsiders, read
+from outside_in.reports.comparison import X_LABELS, compare, labels, not_comparable, read
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 
@@ -92,7 +92,7 @@ def test_without_any_metrics_there_is_nothing_to_compare(make_run, tmp_path):
 def test_losses_on_other_data_or_another_vocabulary_are_marked(trained, tmp_path, changes):
     usual = [trained(name, [record(1, 4.0)]) for name in ("one", "two")]
     other = trained("other", [record(1, 4.0)], **changes)
-    assert [run.run for run in outsiders([read(run) for run in (other, *usual)])] == [other]
+    assert [run.run for run in not_comparable([read(run) for run in (other, *usual)])] == [other]
     lines = compare([other, *usual], "tokens", tmp_path / "chart.png")
     assert [cells(line)[0] for line in lines[2:5]] == ["other \\*", "one", "two"]
     assert any("cannot be compared" in line for line in lines)

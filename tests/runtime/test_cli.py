@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 from outside_in.runtime import cli
+from outside_in.runtime.log import log, set_up
 
 
 @pytest.fixture
@@ -107,7 +108,8 @@ def test_a_warning_is_one_line_without_its_place_in_the_code(outcome):
 
 
 def test_every_line_that_is_said_carries_a_date(capsys):
-    cli.say("step 3")
+    set_up()
+    log.info("step 3")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 3\n", capsys.readouterr().out)
 
 

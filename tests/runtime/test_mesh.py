@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT
 
 from outside_in.config import MeshConfig
-from outside_in.runtime.mesh import array_spec, describe_devices, describe_mesh, make_mesh
+from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.mesh import array_spec, describe_mesh, make_mesh
 
 BROKEN_PLUGIN = """
 def initialize():
@@ -20,7 +21,11 @@ def initialize():
 def describe_in_a_process(search_path=None, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "PYTHONPATH")}
     environment = inherited | ({"PYTHONPATH": str(search_path)} if search_path else {}) | environment
-    command = [sys.executable, "-c", "from outside_in.runtime.mesh import describe_devices; print(describe_devices())"]
+    command = [
+        sys.executable,
+        "-c",
+        "from outside_in.runtime.devices import initialize_devices; print(initialize_devices())",
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -50,7 +55,7 @@ def test_a_machine_that_is_asked_for_its_cpu_says_so_in_one_line():
 def test_gpus_are_named(monkeypatch):
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu] * 4)
-    assert describe_devices() == "running on NVIDIA H200"
+    assert initialize_devices() == "running on NVIDIA H200"
 
 
 def test_other_log_lines_pass_and_nothing_is_filtered_afterwards(monkeypatch, caplog):
@@ -64,7 +69,7 @@ def test_other_log_lines_pass_and_nothing_is_filtered_afterwards(monkeypatch, ca
 
     monkeypatch.setattr(jax, "local_devices", start)
     filters = list(logger.filters)
-    describe_devices()
+    initialize_devices()
     assert [record.getMessage() for record in caplog.records] == ["something else is wrong"]
     assert logger.filters == filters
 
@@ -76,7 +81,7 @@ def test_a_backend_that_does_not_start_is_an_error_and_leaves_no_filter(monkeypa
     monkeypatch.setattr(jax, "local_devices", fail)
     filters = list(logging.getLogger("jax._src.xla_bridge").filters)
     with pytest.raises(RuntimeError, match="no backend"):
-        describe_devices()
+        initialize_devices()
     assert logging.getLogger("jax._src.xla_bridge").filters == filters
 
 

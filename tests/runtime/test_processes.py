@@ -20,7 +20,7 @@ from outside_in.data.loader import open_streams
 from outside_in.data.sources import dataset_folder
 from outside_in.data.token_files import map_tokens
 from outside_in.runtime import processes
-from outside_in.runtime.mesh import one_device, own_columns
+from outside_in.runtime.mesh import local_sequence_slice, one_device
 from outside_in.storage import metrics
 
 SPREAD = {
@@ -54,7 +54,7 @@ def start(run, port, process, *arguments, devices=2, patch="", **environment):
 
 
 @contextlib.contextmanager
-def together(*arguments, **options):
+def propagate_errors(*arguments, **options):
     """Start both processes; they are killed if they do not end by themselves."""
     port = free_port()
     both = [start(arguments[0], port, process, *arguments[1:], **options) for process in (0, 1)]
@@ -105,7 +105,7 @@ def alone(tmp_path_factory):
 
 def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program, alone):
     run = make_run(model=LARGER, train=SPREAD)
-    with together(run) as both:
+    with propagate_errors(run) as both:
         codes, (first, second) = ended(both)
     assert codes == [0, 0], first + second
     assert "finished: " in first and "step    128 tokens: 2 microbatches of 1 sequences on each of 4 devices" in first
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program
 
 def test_sigterm_on_one_saves_on_all_and_one_process_goes_on(make_run, call_program, alone):
     run = make_run(model=LARGER, train=SPREAD | {"checkpoint_interval": 4})
-    with together(run) as both:
+    with propagate_errors(run) as both:
         wait_for(both[0], "step 4:")
         both[1].send_signal(signal.SIGTERM)
         codes, (first, second) = ended(both)
@@ -139,7 +139,7 @@ def test_sigterm_on_one_saves_on_all_and_one_process_goes_on(make_run, call_prog
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(make_run, victim):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 4})
-    with together(run) as both:
+    with propagate_errors(run) as both:
         wait_for(both[0], "step 4:")
         both[victim].kill()
         died = time.monotonic()
@@ -150,8 +150,8 @@ def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(
     for checkpoint in find_checkpoints(run / "checkpoints"):
         verify(checkpoint)
     reached = find_checkpoints(run / "checkpoints")[-1].global_step
-    with together(run) as both:
-        wait_for(both[0], f"going on from step {reached:,} of")
+    with propagate_errors(run) as both:
+        wait_for(both[0], f"resuming from step {reached:,} of")
         wait_for(both[0], f"step {reached + 4:,}:")
         both[0].send_signal(signal.SIGINT)
         codes, outputs = ended(both)
@@ -183,7 +183,7 @@ FULL_DISKS = {
 @pytest.mark.parametrize("disk", FULL_DISKS)
 def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(make_run, disk):
     run = make_run(model=LARGER, train=SPREAD)
-    with together(run, patch=ONE_FULL_DISK.format(**FULL_DISKS[disk])) as both:
+    with propagate_errors(run, patch=ONE_FULL_DISK.format(**FULL_DISKS[disk])) as both:
         codes, outputs = ended(both)
     assert codes == [0, 0], outputs
     assert "could not be saved ([Errno 28] No space left on device" in outputs[0]
@@ -193,8 +193,8 @@ def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(mak
 
 def test_a_stop_at_a_milestone_is_made_up_for_by_all(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 1})
-    for first_words in ("step 2:", "going on from step"):
-        with together(run) as both:
+    for first_words in ("step 2:", "resuming from step"):
+        with propagate_errors(run) as both:
             wait_for(both[0], first_words)
             both[1].send_signal(signal.SIGINT)
             codes, outputs = ended(both)
@@ -203,14 +203,14 @@ def test_a_stop_at_a_milestone_is_made_up_for_by_all(make_run):
 
 def test_numbers_that_are_not_finite_can_be_put_on_devices():
     sharding = jax.sharding.NamedSharding(one_device(), jax.sharding.PartitionSpec())
-    assert np.isnan(processes.put(np.float32("nan"), sharding))
+    assert np.isnan(processes.device_put_global(np.float32("nan"), sharding))
 
 
 def test_two_runs_in_one_folder_are_one_error(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400})
-    with together(run) as first:
+    with propagate_errors(run) as first:
         wait_for(first[0], "step 5:")
-        with together(run) as second:
+        with propagate_errors(run) as second:
             codes, outputs = ended(second)
         assert codes == [2, 1], outputs
         assert f"error: {run}: is being trained by process {first[0].pid}" in outputs[0]
@@ -281,11 +281,11 @@ def test_the_processes_together_read_what_one_would(make_run, shuffle):
     model, config = load_config(run / "model.json", ModelConfig), load_config(run / "train.json", TrainConfig)
     folder = dataset_folder(config.dataset)
     whole, _ = open_streams(folder, model, config, 5, 4)
-    parts = [open_streams(folder, model, config, 5, 4, columns)[0] for columns in ((0, 2), (2, 4))]
+    parts = [open_streams(folder, model, config, 5, 4, local_sequences)[0] for local_sequences in ((0, 2), (2, 4))]
     for step in range(10):
         inputs, targets = whole.batch(step)
-        for side, together in zip((inputs, targets), zip(*(part.batch(step) for part in parts))):
-            np.testing.assert_array_equal(np.concatenate(together, axis=1), side)
+        for side, propagate_errors in zip((inputs, targets), zip(*(part.batch(step) for part in parts))):
+            np.testing.assert_array_equal(np.concatenate(propagate_errors, axis=1), side)
     share = parts[0]._share(1)
     assert share.shape == (5, 2, 2, CONTEXT_LENGTH + 1) and share.dtype == np.uint16
     assert isinstance(parts[0].tokens, np.memmap)
@@ -301,9 +301,9 @@ def test_mapped_tokens_are_those_of_the_file(token_folder):
 
 
 def test_one_process_has_all_columns_and_agrees_with_itself():
-    assert own_columns(one_device(), 3) is None
-    assert processes.from_the_first({"a": [1, None]}) == {"a": [1, None]}
+    assert local_sequence_slice(one_device(), 3) is None
+    assert processes.broadcast({"a": [1, None]}) == {"a": [1, None]}
     processes.check_same({"train.json": {"seed": 1}})
-    with processes.together():
+    with processes.propagate_errors():
         pass
     assert jax.process_count() == 1

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from outside_in.runtime.timing import Stopwatch
+from outside_in.runtime.timing import TimeBudget
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def wait(monkeypatch):
 
 
 def test_every_second_is_booked_once_also_of_things_inside_each_other(wait):
-    watch = Stopwatch("starting")
+    watch = TimeBudget("starting")
     wait(2)
-    watch.turn_to("steps")
+    watch.switch("steps")
     wait(20)
     with watch.during("checkpoints"):
         wait(1)
@@ -35,13 +35,13 @@ def test_every_second_is_booked_once_also_of_things_inside_each_other(wait):
 
 
 def test_time_goes_back_to_what_was_interrupted_also_after_an_error(wait):
-    watch = Stopwatch("steps")
+    watch = TimeBudget("steps")
     with pytest.raises(OSError), watch.during("checkpoints"):
         raise OSError
     wait(9)
-    assert watch.turn_to("compiling") == "steps"
+    assert watch.switch("compiling") == "steps"
     assert "0:00:09 steps (100.0%)" in watch.describe()
 
 
 def test_no_time_at_all_is_described(wait):
-    assert Stopwatch("starting").describe() == "time    0:00:00 starting (0.0%)"
+    assert TimeBudget("starting").describe() == "time    0:00:00 starting (0.0%)"

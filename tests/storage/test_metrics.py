@@ -61,7 +61,7 @@ def test_a_torn_last_line_is_ignored(path, torn):
     ["", "{", "7", "null", "[]", '"global_step"', "{}", '{"global_step": "2"}', '{"global_step": null}', "[" * 9999]
     + [f'{{"global_step": {step}}}' for step in ("2.0", "true", "NaN", "9" * 5000)]
     + [f'{{"global_step": 2, "loss": {loss}}}' for loss in ("NaN", "1e999", '"low"', "[1]", "{}", "9" * 400)]
-    + ['{"global_step": 2, "\udcff": 1}', '{"global_step": 2}' + " " * metrics.LONGEST_LINE],
+    + ['{"global_step": 2, "\udcff": 1}', '{"global_step": 2}' + " " * metrics.MAX_LINE_BYTES],
 )
 def test_any_other_bad_line_is_an_error_that_names_it(path, bad):
     lines = [*map(json.dumps, records(0, 1)), bad, json.dumps(records(3)[0])]
@@ -79,7 +79,7 @@ def test_a_file_without_line_breaks_is_refused_without_reading_it_whole(path):
     try:
         with pytest.raises(ValueError, match="line 1 "):
             metrics.read(path)
-        assert tracemalloc.get_traced_memory()[1] < 10 * metrics.LONGEST_LINE
+        assert tracemalloc.get_traced_memory()[1] < 10 * metrics.MAX_LINE_BYTES
     finally:
         tracemalloc.stop()
 

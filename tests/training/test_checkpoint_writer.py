@@ -33,7 +33,7 @@ def train(call_program):
 
 @pytest.fixture(autouse=True)
 def a_sample_of_any_vocabulary_and_quick_charts(monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "sample", lambda training: f"a sample of step {training.global_step}")
+    monkeypatch.setattr(checkpoint_writer, "sample", lambda state: f"a sample of step {state.global_step}")
     for name in ("draw_loss", "draw_learning_rate", "draw_gradient_norm"):
         monkeypatch.setattr(charts, name, lambda path, *args, **options: path.write_bytes(b""))
 
@@ -97,7 +97,7 @@ def test_a_signal_in_any_phase_saves_and_the_resumed_run_is_the_undisturbed_one(
     assert saved_step in (newest.global_step, None)
     assert not list((run / "checkpoints").glob(".*"))
     if phase != "saving at the end":
-        assert re.search(rf"stopped and saved at step {newest.global_step} of 12; to go on: uv run", finished.stdout)
+        assert re.search(rf"stopped and saved at step {newest.global_step} of 12; to resume: uv run", finished.stdout)
     assert train(run).returncode == 0
     state = final_state(run)
     if not changes:  # MultiSteps has a state of its own
@@ -114,7 +114,7 @@ def test_a_signal_while_compiling_ends_a_run_that_has_nothing_to_save_yet(
         on_call(patches, loop, "compile_train_step", 1, lambda: send(number))
         finished = train(run)
     assert finished.returncode == code, finished.stderr
-    assert "stopped before the first step; to go on: uv run" in finished.stdout
+    assert "stopped before the first step; to resume: uv run" in finished.stdout
     assert find_checkpoints(run / "checkpoints") == []
     assert train(run).returncode == 0
     assert_same(alone, final_state(run))
@@ -267,7 +267,7 @@ def test_saves_that_go_on_failing_are_one_error_and_what_was_committed_stays(
 ):
     run = make_run(train={"checkpoint_interval": 2})
     write, calls = checkpointing._write, 0
-    monkeypatch.setattr(checkpoint_writer, "PAUSE", 0.0)
+    monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", 0.0)
 
     def write_once(*args):
         nonlocal calls

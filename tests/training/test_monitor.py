@@ -202,9 +202,9 @@ def test_each_step_is_traced_once_in_a_run(train, make_run, monkeypatch):
 
     jax.clear_caches()
     count("mean_gradient")  # of the training step
-    count("_over")  # of both
+    count("shard_map_with_gather")  # of both
     assert train(make_run()).returncode == 0
-    assert sorted(traces) == ["_over", "_over", "mean_gradient"]
+    assert sorted(traces) == ["mean_gradient", "shard_map_with_gather", "shard_map_with_gather"]
 
 
 def test_an_update_that_moves_only_biases_stops_the_run(train, make_run):
@@ -267,7 +267,7 @@ def test_the_way_back_works_when_it_is_typed(train, breaking_run):
     assert "2 updates in a row were rejected" in line and "lower learning_rate, or look at the data" in line
     assert typed(line) == [str(run), "--from", "best", "--accept-changes"]
     lower_learning_rate(run)
-    assert "going on from step 5 of 12" in train(*typed(line)).stdout
+    assert "resuming from step 5 of 12" in train(*typed(line)).stdout
 
 
 def test_without_a_best_checkpoint_the_way_is_another_start(train, breaking_run):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import tiny_model_config, tiny_train_config
+from helpers import captured_log, tiny_model_config, tiny_train_config
 
 from outside_in.training import resume_checks
 
@@ -18,9 +18,11 @@ def saved():
 
 
 def check(saved, model=None, train=None, *, accept=False):
-    return resume_checks.check_configs(
-        saved, tiny_model_config(**model or {}), tiny_train_config(**train or {}), accept=accept
-    )
+    with captured_log() as messages:
+        resume_checks.check_configs(
+            saved, tiny_model_config(**model or {}), tiny_train_config(**train or {}), accept=accept
+        )
+    return messages
 
 
 def test_nothing_changed_is_nothing_to_say(saved):

@@ -23,12 +23,12 @@ from helpers import (
 from test_golden import GOLDEN, STEPS
 
 from outside_in.config import MeshConfig, TrainConfig, with_sequences_per_step
-from outside_in.data.loader import TokenStream
+from outside_in.data.loader import TokenStream, place_batch
 from outside_in.inference.evaluation import compile_for, mean_loss
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.mesh import make_mesh, place
 from outside_in.storage import metrics
-from outside_in.train_step import place_batch, train_step
+from outside_in.train_step import train_step
 from outside_in.training import checkpoint_writer
 from outside_in.weights import host_arrays
 
@@ -56,7 +56,7 @@ def trained(data, fsdp, num_steps=4, per_call=None, **changes):
     for step in range(num_steps):
         for call in tokens.calls(step, config.calls_per_step):
             report = train_step(model, optimizer, place_batch(call, mesh), KEY, config, mesh)
-        reports.append((float(report["loss"]), float(report["gradient_norm"])))
+        reports.append((float(report.loss), float(report.update.gradient_norm)))
     return np.array(reports), host_arrays(nnx.state(model, nnx.Param)), (model, optimizer)
 
 
@@ -110,7 +110,7 @@ def test_golden_losses_hold_on_eight_devices():
     for step in range(STEPS):
         [call] = tokens.calls(step)
         losses.append(
-            float(train_step(model, optimizer, place_batch(call, mesh), jax.random.key(1), config, mesh)["loss"])
+            float(train_step(model, optimizer, place_batch(call, mesh), jax.random.key(1), config, mesh).loss)
         )
     golden = json.loads(GOLDEN.read_text())
     np.testing.assert_allclose(losses, golden["loss"], rtol=2e-4)

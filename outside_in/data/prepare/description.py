@@ -18,7 +18,7 @@ from outside_in.data.token_files import entropy, token_slices
 from outside_in.storage.strict_json import read_json
 
 DESCRIPTION = "data.json"
-LARGEST_BYTES = 2**28  # of data.json: there may be a hundred thousand sources
+MAX_BYTES = 2**28  # of data.json: there may be a hundred thousand sources
 SPLITS = ("train", "validation")
 SAMPLE_TOKENS = 60
 SOURCE_FACTS = {
@@ -114,7 +114,7 @@ def _sample(path: Path) -> str:
 
 
 def _read_recorded(path: Path) -> dict[str, Any]:
-    recorded = read_json(path, LARGEST_BYTES)
+    recorded = read_json(path, MAX_BYTES)
     if recorded.get("format") != 1:
         raise ValueError(f"{path}: expected format 1, got {_printable(recorded.get('format'))}; prepare the data again")
     try:

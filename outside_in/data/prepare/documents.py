@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, ClassVar, Literal, Self
 TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
 COMPRESSED = {".gz", ".zst"}
 BLOCK_BYTES = 2**20
-LARGEST_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
+MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
 ROWS = 256  # of a table, read at a time
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How documents are found in files: see `prepare_data.py --help`."""
 
     field: str = "text"
@@ -50,7 +50,7 @@ class File:
         """What changes with the file's content: size and time of modification."""
         return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
-    def documents(self, reading: Reading, skip: int) -> Iterator[tuple[str, int]]:
+    def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
         """Yield all documents but the first `skip`, each with how many bytes of the file have been read.
 
         Raises ValueError, naming the place, when one cannot be read.
@@ -105,7 +105,7 @@ class HubDataset:
     def version(self) -> str | None:
         return self.revision
 
-    def documents(self, reading: Reading, skip: int) -> Iterator[tuple[str, int]]:
+    def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
         """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
         datasets = _needed("datasets")
         datasets.disable_progress_bars()
@@ -217,37 +217,37 @@ def _needed(module: str) -> Any:
         raise ValueError(f"expected the package {module}, not installed; add `--group prepare` to `uv run`") from None
 
 
-def _texts(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield what stands between separators, or all of a file of plain text."""
     separator = (reading.separator or "").encode()
-    rest, position, is_first = b"", 0, True
-    while block := content.read(BLOCK_BYTES if separator else LARGEST_DOCUMENT_BYTES + 1):
-        if is_first and block.startswith(codecs.BOM_UTF8):
+    rest, position, is_main_process = b"", 0, True
+    while block := content.read(BLOCK_BYTES if separator else MAX_DOCUMENT_BYTES + 1):
+        if is_main_process and block.startswith(codecs.BOM_UTF8):
             block, position = block[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-        is_first = False
+        is_main_process = False
         *whole, rest = (rest + block).split(separator) if separator else [rest + block]
         for document in whole:
             yield _decoded(document, path, position, reading)
             position += len(document) + len(separator)
-        if len(rest) > LARGEST_DOCUMENT_BYTES:
+        if len(rest) > MAX_DOCUMENT_BYTES:
             raise ValueError(
-                f"{path}: expected documents of at most {LARGEST_DOCUMENT_BYTES // 2**20} MiB, got a larger one at "
+                f"{path}: expected documents of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, got a larger one at "
                 f"byte {position:,}; say with --separator where documents end"
             )
     if rest:
         yield _decoded(rest, path, position, reading)
 
 
-def _lines(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a field of the JSON object in each line."""
     position = 0
     for number in range(1, 2**63):
-        line = content.readline(LARGEST_DOCUMENT_BYTES + 1)
+        line = content.readline(MAX_DOCUMENT_BYTES + 1)
         if not line:
             return
         where = f"{path}: line {number:,}"
-        if len(line) > LARGEST_DOCUMENT_BYTES:
-            raise ValueError(f"{where}: expected at most {LARGEST_DOCUMENT_BYTES // 2**20} MiB in a line; cut it")
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"{where}: expected at most {MAX_DOCUMENT_BYTES // 2**20} MiB in a line; cut it")
         text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, position, reading)
         position += len(line)
         if not text.strip():
@@ -263,7 +263,7 @@ def _lines(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
         yield _text_of(row, reading.field, where)
 
 
-def _rows(path: Path, content: BinaryIO, reading: Reading) -> Iterator[str]:
+def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a column of a Parquet table, which needs a file to jump about in."""
     _needed("pyarrow")
     import pyarrow
@@ -297,7 +297,7 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def _decoded(content: bytes, path: Path, position: int, reading: Reading) -> str:
+def _decoded(content: bytes, path: Path, position: int, reading: ReadOptions) -> str:
     try:
         return content.decode("utf-8", reading.errors)
     except UnicodeDecodeError as error:

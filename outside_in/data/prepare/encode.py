@@ -10,7 +10,7 @@ from itertools import chain
 
 import numpy as np
 
-from outside_in.data.prepare.documents import File, HubDataset, Reading
+from outside_in.data.prepare.documents import File, HubDataset, ReadOptions
 from outside_in.data.tokenizer import END_OF_TEXT, encode_to_array
 
 Source = File | HubDataset
@@ -38,7 +38,13 @@ class Batch:
 
 
 def batches(
-    sources: list[Source], reading: Reading, pool: ThreadPoolExecutor, *, first: int, skip: int, special_tokens: bool
+    sources: list[Source],
+    reading: ReadOptions,
+    pool: ThreadPoolExecutor,
+    *,
+    first: int,
+    skip: int,
+    special_tokens: bool,
 ) -> Iterator[Batch]:
     """Hand the documents of sources to a pool, without the first `skip` ones of source number `first`."""
 

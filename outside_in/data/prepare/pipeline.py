@@ -17,16 +17,17 @@ from typing import Any
 
 from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
-from outside_in.data.prepare.documents import File, Reading
+from outside_in.data.prepare.documents import File, ReadOptions
 from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter, shuffle_documents
+from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.atomic import fsync
 from outside_in.storage.strict_json import read_json
 
-NOTE, LOCK = "progress.json", "lock"
+PROGRESS_FILE, LOCK = "progress.json", "lock"
 SECONDS_BETWEEN_NOTES = 10
 BYTES_PER_TOKEN = 4.5  # of English
 COMPRESSION = 3.0
@@ -36,7 +37,7 @@ COMPRESSION = 3.0
 class Options:
     """What decides, with the sources, which tokens come out."""
 
-    reading: Reading
+    reading: ReadOptions
     validation: float = 0.01  # share of documents
     limit_tokens: int | None = None
     shuffle: bool = False
@@ -66,7 +67,7 @@ class Preparation:
         _check_place(out, overwrite)
         self.out, self.options = out, options
         self.folder = out.with_name(f".preparing-{out.name}")
-        self.sources = [_pinned(source, self.folder / NOTE) for source in sources]
+        self.sources = [_pinned(source, self.folder / PROGRESS_FILE) for source in sources]
         self.command = {
             "options": asdict(options),
             "sources": [{"name": source.name, "version": source.version} for source in self.sources],
@@ -79,7 +80,7 @@ class Preparation:
         self.writers: dict[str, TokenWriter] = {}
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.folder / NOTE).exists():
+            if not (self.folder / PROGRESS_FILE).exists():
                 self._wipe()  # what was not noted yet
             try:
                 self._go_on()
@@ -100,7 +101,7 @@ class Preparation:
         for file in (*self.writers.values(), self._seen):
             if file:
                 file.close()
-        (self.folder / NOTE).unlink(missing_ok=True)
+        (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.unlink()
@@ -108,9 +109,9 @@ class Preparation:
     def _go_on(self) -> None:
         """See how far an earlier process has come, and cut the token files to that; raises ValueError if impossible."""
         self.progress = Progress(self.command)
-        if (self.folder / NOTE).exists():
+        if (self.folder / PROGRESS_FILE).exists():
             try:
-                self.progress = Progress(**read_json(self.folder / NOTE, description.LARGEST_BYTES))
+                self.progress = Progress(**read_json(self.folder / PROGRESS_FILE, description.MAX_BYTES))
             except TypeError:
                 raise ValueError(f"{self.out}: was begun by another version; start anew with --overwrite") from None
         if self.progress.command != self.command:
@@ -166,12 +167,12 @@ class Preparation:
                         break
                     show(batch.bytes_read, self)
                     if time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
-                        self.note()
+                        self.save_progress()
                 else:
                     self.progress.all_read = True
             finally:
                 pool.shutdown(cancel_futures=True)
-                self.note()
+                self.save_progress()
 
     def _is_full(self) -> bool:
         return self.options.limit_tokens is not None and self.num_tokens >= self.options.limit_tokens
@@ -208,36 +209,36 @@ class Preparation:
         place = hashlib.blake2b(digest, digest_size=8, salt=self.options.seed.to_bytes(8, "little")).digest()
         return "validation" if int.from_bytes(place, "little") < self.options.validation * 2**64 else "train"
 
-    def note(self) -> None:
+    def save_progress(self) -> None:
         """Write down how far it is, after what it tells of is safely on the disk."""
         for split, writer in self.writers.items():
             writer.sync()
             self.progress.tokens[split] = writer.num_tokens
         if self._seen:
             self._seen.commit()
-        _write_json(self.folder / NOTE, asdict(self.progress))
+        _write_json(self.folder / PROGRESS_FILE, asdict(self.progress))
         self._noted = time.monotonic()
 
-    def finish(self, say: Callable[[str], None], show: Callable[[int], None]) -> dict[str, Any]:
+    def finish(self, show: Callable[[int], None]) -> dict[str, Any]:
         """Complete the token files and `data.json`, and give the folder its name; returns what `data.json` says.
 
         `show` is told how many training tokens have been searched for validation text. Raises ValueError when a split
         would be empty.
         """
         if not (self.folder / DESCRIPTION).exists():
-            self._complete(say, show)
+            self._complete(show)
         for path in self.folder.iterdir():
-            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, NOTE, LOCK):
+            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, PROGRESS_FILE, LOCK):
                 path.unlink()
         if self.out.exists():
             shutil.rmtree(self.out)
         self.folder.rename(self.out)
-        for name in (NOTE, LOCK):
+        for name in (PROGRESS_FILE, LOCK):
             (self.out / name).unlink()
         fsync(self.out.parent)
-        return read_json(self.out / DESCRIPTION, description.LARGEST_BYTES)
+        return read_json(self.out / DESCRIPTION, description.MAX_BYTES)
 
-    def _complete(self, say: Callable[[str], None], show: Callable[[int], None]) -> None:
+    def _complete(self, show: Callable[[int], None]) -> None:
         for split, writer in self.writers.items():
             if not writer.num_tokens:
                 count = sum(source["documents"] for source in self.progress.per_source)
@@ -253,11 +254,11 @@ class Preparation:
             writer.finish()
             finished = self.folder / f"{split}.safetensors"
             if self.options.shuffle:
-                say(f"shuffling the documents of {split}")
+                log.info(f"shuffling the documents of {split}")
                 shuffle_documents(writer.path, finished, self.options.seed)
             else:
                 writer.path.rename(finished)
-        say("hashing sources, counting tokens, looking for validation text in the training text")
+        log.info("hashing sources, counting tokens, checking for train/validation overlap")
         _write_json(self.folder / DESCRIPTION, self._describe(show))
 
     def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
@@ -290,19 +291,19 @@ def _check_place(out: Path, overwrite: bool) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
-    ours = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, NOTE, LOCK}
+    ours = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, PROGRESS_FILE, LOCK}
     if others := sorted({path.name for path in out.iterdir()} - ours):
         raise ValueError(f"{out}: is there already, and holds other things, such as {others[0]!r}; use another name")
     if not overwrite:
         raise ValueError(f"{out}: is there already; use --overwrite, or another name")
 
 
-def _pinned(source: Source, note: Path) -> Source:
+def _pinned(source: Source, save_progress: Path) -> Source:
     """Fix the revision of a Hub dataset: the one that was begun with, else the newest."""
     if isinstance(source, File):
         return source
     try:
-        noted = read_json(note, description.LARGEST_BYTES)["command"]["sources"]
+        noted = read_json(save_progress, description.MAX_BYTES)["command"]["sources"]
         versions = {each["name"]: each["version"] for each in noted}
     except (ValueError, KeyError, TypeError):
         versions = {}

@@ -10,14 +10,14 @@ import zstandard
 from pyarrow import parquet
 
 from outside_in.data.prepare import documents
-from outside_in.data.prepare.documents import File, HubDataset, Reading, find_files
+from outside_in.data.prepare.documents import File, HubDataset, ReadOptions, find_files
 
 TEXTS = ["one", "", "zwei\nZeilen\n", "三 🦜", "\x00\x1b[0m\t"]
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
 def read(path, skip=0, **reading):
-    return [text for text, _ in File(path).documents(Reading(**reading), skip)]
+    return [text for text, _ in File(path).documents(ReadOptions(**reading), skip)]
 
 
 def lines(texts, field="text"):
@@ -130,7 +130,7 @@ def test_positions_count_from_the_beginning_of_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_document_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(documents, "LARGEST_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
     (tmp_path / name).write_bytes(b"x" * 101)
     with pytest.raises(ValueError, match=r"--separator|cut it"):
         read(tmp_path / name)
@@ -146,7 +146,7 @@ def test_paths_without_text_are_refused(tmp_path):
 
 def test_the_bytes_that_were_read_grow_to_the_size_of_the_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 100))
-    places = [place for _, place in File(tmp_path / "a.jsonl").documents(Reading(), 0)]
+    places = [place for _, place in File(tmp_path / "a.jsonl").documents(ReadOptions(), 0)]
     assert places == sorted(places)
     assert places[-1] == (tmp_path / "a.jsonl").stat().st_size
 
@@ -154,12 +154,12 @@ def test_the_bytes_that_were_read_grow_to_the_size_of_the_file(tmp_path):
 def test_a_dataset_of_the_library_is_streamed(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(TEXTS))
     dataset = HubDataset(str(tmp_path), None, "train")
-    assert [text for text, _ in dataset.documents(Reading(), 0)] == TEXTS
-    assert [text for text, _ in dataset.documents(Reading(), 3)] == TEXTS[3:]
+    assert [text for text, _ in dataset.documents(ReadOptions(), 0)] == TEXTS
+    assert [text for text, _ in dataset.documents(ReadOptions(), 3)] == TEXTS[3:]
     with pytest.raises(ValueError, match="no field 'body'; --field takes one of id, text"):
-        list(dataset.documents(Reading("body"), 0))
+        list(dataset.documents(ReadOptions("body"), 0))
 
 
 def test_a_dataset_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ValueError, match="the dataset cannot be opened"):
-        list(HubDataset(str(tmp_path / "nowhere"), None, "train").documents(Reading(), 0))
+        list(HubDataset(str(tmp_path / "nowhere"), None, "train").documents(ReadOptions(), 0))

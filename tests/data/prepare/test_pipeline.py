@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from outside_in.data.prepare import encode as batches
 from outside_in.data.prepare import pipeline
-from outside_in.data.prepare.documents import HubDataset, Reading, find_files
+from outside_in.data.prepare.documents import HubDataset, ReadOptions, find_files
 from outside_in.data.prepare.encode import cut
 from outside_in.data.prepare.pipeline import Options, Preparation
 from outside_in.data.prepare.seen import SeenDocuments
@@ -65,14 +65,14 @@ def write_lines(path, texts):
 
 def prepare(out, *paths, workers=2, stop_after=None, overwrite=False, **options):
     """Prepare a folder, or stop after so many batches; return the preparation."""
-    options.setdefault("reading", Reading())
+    options.setdefault("reading", ReadOptions())
     with closing(Preparation(out, find_files(list(paths)), Options(**options), overwrite=overwrite)) as preparation:
         shown = []
         preparation.read(
             workers, lambda: stop_after is not None and len(shown) >= stop_after, lambda *_: shown.append(1)
         )
         if preparation.progress.all_read:
-            preparation.finish(lambda line: None, lambda done: None)
+            preparation.finish(lambda done: None)
         return preparation
 
 
@@ -353,7 +353,7 @@ def test_a_hub_dataset_keeps_the_revision_that_was_begun_with(tmp_path, monkeypa
     monkeypatch.setattr(HubDataset, "newest_revision", lambda self: next(newest))
     source = HubDataset("owner/name", None, "train")
     for _ in range(2):
-        with closing(Preparation(tmp_path / "out", [source], Options(Reading()), overwrite=False)) as preparation:
+        with closing(Preparation(tmp_path / "out", [source], Options(ReadOptions()), overwrite=False)) as preparation:
             assert preparation.sources[0].revision == "a"
             preparation.note()
 
@@ -370,7 +370,7 @@ def test_other_options_do_not_go_on_with_what_was_begun(tmp_path, small_batches)
 
 def test_a_second_process_is_kept_out(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["text"])
-    held = Preparation(tmp_path / "out", find_files([path]), Options(Reading()), overwrite=False)
+    held = Preparation(tmp_path / "out", find_files([path]), Options(ReadOptions()), overwrite=False)
     assert "is being prepared by another process" in refusal(tmp_path / "out", path)
     held.close()
 
@@ -440,7 +440,7 @@ def test_ctrl_c_and_the_same_command_make_the_same(tmp_path):
     output, errors = process.communicate(timeout=120)
     interrupt.cancel()
     assert process.returncode == 143, errors
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
     assert not (tmp_path / "out").exists()
     again = program(tmp_path / "out", "--text", path)
     assert again.returncode == 0, again.stderr

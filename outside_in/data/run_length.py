@@ -1,0 +1,38 @@
+"""How many tokens and global steps a run has, by its config and its data."""
+
+from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch
+from outside_in.data.prepare.description import recorded_leakage
+from outside_in.data.sources import dataset_folder
+from outside_in.data.token_files import count_tokens
+
+
+def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
+    """Count the training tokens from `start_train_token` on; None when they are not here and `fetch` is off."""
+    path = dataset_folder(config.dataset, fetch=fetch) / "train.safetensors"
+    if not fetch and not path.exists():
+        return None
+    return max(0, count_tokens(path) - config.start_train_token)
+
+
+def leaked_share(config: TrainConfig) -> float | None:
+    """Return the share of validation that occurs in training, where the dataset's `data.json` says so."""
+    return recorded_leakage(dataset_folder(config.dataset, fetch=False))
+
+
+def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1, *, fetch: bool = False) -> int | None:
+    """Count the global steps of a whole run that begins on so many devices.
+
+    None when that takes data that are not here and `fetch` is off.
+    """
+    steps = steps_per_epoch(model_config, config, devices=devices)
+    if steps is None:
+        steps = steps_per_epoch(model_config, config, tokens_available(config, fetch=fetch), devices)
+    return None if steps is None else steps * config.epochs
+
+
+def whole_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
+    """Count the global steps as `total_steps` does, fetching the data; raises ValueError when there are none."""
+    total = total_steps(model_config, config, devices, fetch=True)
+    if not total:
+        raise ValueError(f"train.json: {config.dataset} has too few tokens for one global step")
+    return total

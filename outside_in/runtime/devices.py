@@ -1,0 +1,64 @@
+"""The devices: starting JAX quietly, also on machines without a GPU, and what glibc keeps of a CPU's memory."""
+
+import ctypes
+import logging
+from pathlib import Path
+
+import jax
+
+from outside_in.runtime.compilation_cache import enable_compilation_cache
+
+NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
+M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
+
+
+def initialize_devices() -> str:
+    """Start JAX's backend and say in one line what the program runs on; what it compiles is kept from now on.
+
+    JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
+    """
+    enable_compilation_cache()
+    complaints: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        complaints.append(record.getMessage())
+        return "xla_cuda" not in record.getMessage()
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    if not NVIDIA.exists():
+        keep_freed_memory()
+    try:
+        devices = jax.local_devices()
+    finally:
+        logger.removeFilter(keep)
+    device = devices[0]
+    if device.platform == "cpu":
+        no_driver = any("cuda" in line for line in complaints)
+        return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
+    return f"running on {device.device_kind}"
+
+
+def device_kind() -> str:
+    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
+    return jax.local_devices()[0].device_kind
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step on the CPU frees, instead of asking the system for the same pages at every step.
+
+    A step takes a hundred megabytes and more, and touching fresh pages costs an eighth of its time. Works before JAX
+    starts its threads: each would get an arena of its own, and glibc gives large buffers of those back at once.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
+    if mallopt:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what glibc has kept until now: compiling leaves hundreds of megabytes in small pieces."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim:
+        malloc_trim(0)
