@@ -9,11 +9,9 @@ import calendar
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +24,13 @@ from flax import nnx
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
 from outside_in.storage import manifest
-from outside_in.storage.atomic import fsync, fsync_tree
+from outside_in.storage.atomic import fsync, fsync_tree, os_errors
 from outside_in.storage.strict_json import read_json
 from outside_in.weights import check_structure, fill_like, host_arrays, load_weights, named_arrays, save_weights
 
 NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 STAGING, DAMAGED = ".staging-", "damaged-"
-SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
 NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 MODEL_FILE, OPTIMIZER_FOLDER, META_FILE = "model.safetensors", "optimizer", "meta.json"
 
@@ -158,7 +155,7 @@ def snapshot(folder: Path, model: nnx.Module, optimizer: nnx.Optimizer, global_s
         return copy_to_host(model, optimizer)
     weights, staging = host_arrays(nnx.state(model)), folder / f"{STAGING}iteration-{global_step}"
     processes.on_main_process(_make_staging, folder, staging)
-    with processes.propagate_errors(), _told_by_the_system(staging):
+    with processes.propagate_errors(), os_errors(staging):
         _write_optimizer(staging, named_arrays(nnx.state(optimizer)))
     return HostCopy(weights, {}, staging)
 
@@ -171,17 +168,6 @@ def _make_staging(folder: Path, staging: Path) -> None:
     staging.mkdir()
 
 
-@contextlib.contextmanager
-def _told_by_the_system(path: Path) -> Iterator[None]:
-    """Raise OSError for what the libraries' native code says of the disk."""
-    try:
-        yield
-    except Exception as error:
-        if number := SYSTEM_ERROR.search(str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-
-
 def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
     """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`.
 
@@ -192,7 +178,7 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
     if state.staging is None:
         _make_staging(folder, staging)
     try:
-        with _told_by_the_system(staging):
+        with os_errors(staging):
             _write(staging, state, meta, model_json)
             staging.rename(folder / name)
     except BaseException:

@@ -92,8 +92,8 @@ def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.G
     multi_steps = optax.MultiSteps(inner, every_k_schedule=calls)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        is_main_process = state.mini_step == 0
-        fresh = jax.tree.map(lambda total: jnp.where(is_main_process, 0, total), state.acc_grads)
+        is_first_call = state.mini_step == 0
+        fresh = jax.tree.map(lambda total: jnp.where(is_first_call, 0, total), state.acc_grads)
         return multi_steps.update(updates, state._replace(acc_grads=fresh), params)
 
     return optax.GradientTransformation(multi_steps.init, update)

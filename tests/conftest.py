@@ -18,7 +18,7 @@ from outside_in.runtime import cli
 jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# One compilation cache for this session, its workers and the programs that it starts: tests compile the same few things.
+# One compilation cache for the session, its workers and the programs that it starts: all compile the same few things.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory(prefix="compiled-")
 CACHE_OPTIONS = {
     "jax_compilation_cache_dir": CACHE.name if CACHE else os.environ["JAX_COMPILATION_CACHE_DIR"],

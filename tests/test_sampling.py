@@ -179,7 +179,7 @@ def test_logits_with_a_cache_are_those_without_one_at_every_position(switches):
     model = with_larger_weights(tiny_model(**({"n_layers": 2} | switches)))
     tokens_BT = random_tokens(2 * CONTEXT_LENGTH).reshape(2, CONTEXT_LENGTH).astype(np.int32)
     graph, params = nnx.split(model)
-    cache = generation._read(graph, params, np.pad(tokens_BT[:, :5], ((0, 0), (0, 3))), CONTEXT_LENGTH, 1)
+    cache = generation.prefill(graph, params, np.pad(tokens_BT[:, :5], ((0, 0), (0, 3))), CONTEXT_LENGTH, 1)
     step = nnx.jit(generation.next_logits)
     found = []
     for position in range(5, CONTEXT_LENGTH):
@@ -223,6 +223,6 @@ def test_each_shape_is_compiled_once():
     model = tiny_model()
     for number in range(3):
         generate(model, PROMPT, num_tokens=7, sampling=Sampling(1.0 + number, top_p=0.9), seed=number)
-    sizes = generation._read._cache_size(), generation._write._cache_size()
+    sizes = generation.prefill._cache_size(), generation.decode._cache_size()
     generate(model, PROMPT[:2], num_tokens=6, sampling=Sampling(0.3, top_p=0.1), seed=5)
-    assert (generation._read._cache_size(), generation._write._cache_size()) == sizes
+    assert (generation.prefill._cache_size(), generation.decode._cache_size()) == sizes

@@ -6,7 +6,7 @@ Suffixes of array names: as in model.py; S positions of the cache, P those of a 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Continue a prompt by `num_tokens` tokens, `num_samples` times; yield them as they come, (num_samples, some).
 
-    A sample that has chosen `stop_id` goes on with nothing else, and when all have, that is the end. What a sample is
+    A sample that has chosen `stop_id` gets nothing else; when all have, that is the end. What a sample is
     depends on the seed and its number, not on how many there are.
 
     Of a prompt longer than the context the last tokens are taken. A text that outgrows the context goes on from its
@@ -80,9 +80,9 @@ def stream(
             cache = prefill(graph, params, prompt, size, num_samples // len(text))
             text = np.repeat(text, num_samples // len(text), axis=0)  # all samples begin with the same one
         count = min(TOKENS_PER_CALL, num_tokens - made, context_length + 1 - text.shape[1])
-        where = text[:, -1], text.shape[1] - 1, made, ended
+        ends = TextEnds(text[:, -1], text.shape[1] - 1, made, ended)
         stop = NO_TOKEN if stop_id is None else stop_id
-        cache, new_BC = decode(graph, params, cache, *where, count, sampling, seed, stop)
+        cache, new_BC = decode(graph, params, cache, ends, count, Choice(sampling, seed, stop))
         new = np.asarray(new_BC)[:, :count]
         stops = (new == stop) & ~ended[:, None]
         lengths = np.where(stops.any(axis=1), stops.argmax(axis=1) + 1, count) * ~ended
@@ -114,6 +114,23 @@ def _padded(length: int, most: int) -> int:
     return min(most, max(MIN_SIZE, 1 << (length - 1).bit_length()))
 
 
+class TextEnds(NamedTuple):
+    """The last token of each text, and where it stands."""
+
+    last: Any  # (B,), token ids
+    position: Any  # of these
+    made: Any  # how many tokens were generated before
+    ended: Any  # (B,), whether `stop_id` was among them
+
+
+class Choice(NamedTuple):
+    """How the next token is chosen."""
+
+    sampling: Sampling
+    seed: Any
+    stop_id: Any
+
+
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def prefill(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: int, copies: int) -> Cache:
     """Fill a cache of `size` positions; what padded tokens leave in it is overwritten before it can be seen."""
@@ -136,31 +153,27 @@ def decode(
     graph: nnx.GraphDef,
     params: nnx.State,
     cache: Cache,
-    last_B: jax.Array,
-    position: jax.Array,
-    made: jax.Array,
-    ended_B: jax.Array,
+    ends: TextEnds,
     count: jax.Array,
-    sampling: Sampling,
-    seed: jax.Array,
-    stop_id: jax.Array,
+    choice: Choice,
 ) -> tuple[Cache, jax.Array]:
-    """Choose `count` tokens, (B, TOKENS_PER_CALL), after `last`, which belongs to `position`; `made` were before."""
-    numbers_B = jnp.arange(len(last_B))
+    """Choose `count` tokens after the ends of the texts; returns (B, TOKENS_PER_CALL)."""
+    sampling, seed, stop_id = choice
+    numbers_B = jnp.arange(len(ends.last))
 
     def add(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         cache, last_B, ended_B, tokens_BC = carry
-        logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, position + number)
+        logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, ends.position + number)
         if sampling.temperature is None:
             chosen_B = logits_BV.argmax(axis=-1)
         else:
-            keys_B = jax.vmap(lambda sample: _key(seed, sample, made + number))(numbers_B)
+            keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + number))(numbers_B)
             chosen_B = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BV, sampling))
         chosen_B = jnp.where(ended_B, stop_id, chosen_B).astype(jnp.int32)
         return cache, chosen_B, ended_B | (chosen_B == stop_id), tokens_BC.at[:, number].set(chosen_B)
 
-    tokens_BC = jnp.zeros((len(last_B), TOKENS_PER_CALL), jnp.int32)
-    cache, _, _, tokens_BC = jax.lax.fori_loop(0, count, add, (cache, last_B, ended_B, tokens_BC))
+    tokens_BC = jnp.zeros((len(ends.last), TOKENS_PER_CALL), jnp.int32)
+    cache, _, _, tokens_BC = jax.lax.fori_loop(0, count, add, (cache, ends.last, ends.ended, tokens_BC))
     return cache, tokens_BC
 
 

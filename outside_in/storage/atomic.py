@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors and TensorStore report it
 
 
 def fsync(path: Path) -> None:
@@ -89,3 +92,14 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise OSError for what native code of safetensors and TensorStore says of the disk."""
+    try:
+        yield
+    except Exception as error:
+        if number := SYSTEM_ERROR.search(str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise

@@ -54,7 +54,7 @@ def start(run, port, process, *arguments, devices=2, patch="", **environment):
 
 
 @contextlib.contextmanager
-def propagate_errors(*arguments, **options):
+def both_processes(*arguments, **options):
     """Start both processes; they are killed if they do not end by themselves."""
     port = free_port()
     both = [start(arguments[0], port, process, *arguments[1:], **options) for process in (0, 1)]
@@ -105,7 +105,7 @@ def alone(tmp_path_factory):
 
 def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program, alone):
     run = make_run(model=LARGER, train=SPREAD)
-    with propagate_errors(run) as both:
+    with both_processes(run) as both:
         codes, (first, second) = ended(both)
     assert codes == [0, 0], first + second
     assert "finished: " in first and "step    128 tokens: 2 microbatches of 1 sequences on each of 4 devices" in first
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program
 
 def test_sigterm_on_one_saves_on_all_and_one_process_goes_on(make_run, call_program, alone):
     run = make_run(model=LARGER, train=SPREAD | {"checkpoint_interval": 4})
-    with propagate_errors(run) as both:
+    with both_processes(run) as both:
         wait_for(both[0], "step 4:")
         both[1].send_signal(signal.SIGTERM)
         codes, (first, second) = ended(both)
@@ -139,7 +139,7 @@ def test_sigterm_on_one_saves_on_all_and_one_process_goes_on(make_run, call_prog
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(make_run, victim):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 4})
-    with propagate_errors(run) as both:
+    with both_processes(run) as both:
         wait_for(both[0], "step 4:")
         both[victim].kill()
         died = time.monotonic()
@@ -150,7 +150,7 @@ def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(
     for checkpoint in find_checkpoints(run / "checkpoints"):
         verify(checkpoint)
     reached = find_checkpoints(run / "checkpoints")[-1].global_step
-    with propagate_errors(run) as both:
+    with both_processes(run) as both:
         wait_for(both[0], f"resuming from step {reached:,} of")
         wait_for(both[0], f"step {reached + 4:,}:")
         both[0].send_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ FULL_DISKS = {
 @pytest.mark.parametrize("disk", FULL_DISKS)
 def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(make_run, disk):
     run = make_run(model=LARGER, train=SPREAD)
-    with propagate_errors(run, patch=ONE_FULL_DISK.format(**FULL_DISKS[disk])) as both:
+    with both_processes(run, patch=ONE_FULL_DISK.format(**FULL_DISKS[disk])) as both:
         codes, outputs = ended(both)
     assert codes == [0, 0], outputs
     assert "could not be saved ([Errno 28] No space left on device" in outputs[0]
@@ -194,7 +194,7 @@ def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(mak
 def test_a_stop_at_a_milestone_is_made_up_for_by_all(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 1})
     for first_words in ("step 2:", "resuming from step"):
-        with propagate_errors(run) as both:
+        with both_processes(run) as both:
             wait_for(both[0], first_words)
             both[1].send_signal(signal.SIGINT)
             codes, outputs = ended(both)
@@ -208,9 +208,9 @@ def test_numbers_that_are_not_finite_can_be_put_on_devices():
 
 def test_two_runs_in_one_folder_are_one_error(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400})
-    with propagate_errors(run) as first:
+    with both_processes(run) as first:
         wait_for(first[0], "step 5:")
-        with propagate_errors(run) as second:
+        with both_processes(run) as second:
             codes, outputs = ended(second)
         assert codes == [2, 1], outputs
         assert f"error: {run}: is being trained by process {first[0].pid}" in outputs[0]

@@ -1,22 +1,17 @@
 """Documents out of files of text, JSON lines or Parquet, plain or compressed, and out of datasets of the Hub."""
 
 import codecs
-import errno
-import gzip
-import io
 import json
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, Self
 
+from outside_in.data.prepare.compression import BLOCK_BYTES, COMPRESSED, needed, open_compressed
+
 TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
-COMPRESSED = {".gz", ".zst"}
-BLOCK_BYTES = 2**20
 MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
 ROWS = 256  # of a table, read at a time
 
@@ -55,7 +50,7 @@ class File:
 
         Raises ValueError, naming the place, when one cannot be read.
         """
-        with _opened(self.path) as (raw, content):
+        with open_compressed(self.path) as (raw, content):
             kind = _kind(self.path)
             read = _lines if kind in LINES else _rows if kind in TABLE else _texts
             number = 0
@@ -107,7 +102,7 @@ class HubDataset:
 
     def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
         """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
-        datasets = _needed("datasets")
+        datasets = needed("datasets")
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(
@@ -152,79 +147,14 @@ def _kind(path: Path) -> str:
     return inner.suffix.lower()
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """Open a file twice over: as it lies on the disk, and as what its compression hides."""
-    try:
-        with path.open("rb") as raw:
-            if path.suffix.lower() == ".gz":
-                with gzip.open(raw) as content:
-                    yield raw, content
-            elif path.suffix.lower() == ".zst":
-                yield raw, io.BufferedReader(_Chunks(_decompressed(raw)), BLOCK_BYTES)
-            else:
-                yield raw, raw
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # where a compressed table is unpacked
-            raise
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise ValueError(f"{path}: damaged or cut off ({error}); fetch it again") from error
-        raise
-
-
-def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
-    """Decompress all frames of a zstd file; raises EOFError when the last one breaks off."""
-    decompressor = _needed("zstandard").ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    while content := raw.read(BLOCK_BYTES):
-        while content:
-            if frame is None or frame.eof:
-                frame = decompressor.decompressobj()
-            yield frame.decompress(content)
-            content = frame.unused_data if frame.eof else b""
-    if frame and not frame.eof:
-        raise EOFError("it ends within a frame")
-
-
-class _Chunks(io.RawIOBase):
-    """Bytes that come in chunks, as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
-
-
-def _needed(module: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError:
-        raise ValueError(f"expected the package {module}, not installed; add `--group prepare` to `uv run`") from None
-
-
 def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield what stands between separators, or all of a file of plain text."""
     separator = (reading.separator or "").encode()
-    rest, position, is_main_process = b"", 0, True
+    rest, position, at_start = b"", 0, True
     while block := content.read(BLOCK_BYTES if separator else MAX_DOCUMENT_BYTES + 1):
-        if is_main_process and block.startswith(codecs.BOM_UTF8):
+        if at_start and block.startswith(codecs.BOM_UTF8):
             block, position = block[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-        is_main_process = False
+        at_start = False
         *whole, rest = (rest + block).split(separator) if separator else [rest + block]
         for document in whole:
             yield _decoded(document, path, position, reading)
@@ -265,7 +195,7 @@ def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 
 def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a column of a Parquet table, which needs a file to jump about in."""
-    _needed("pyarrow")
+    needed("pyarrow")
     import pyarrow
     from pyarrow import parquet
 

@@ -11,15 +11,17 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
-from outside_in.data.prepare.documents import File, ReadOptions
+from outside_in.data.prepare.destination import LOCK, PROGRESS_FILE, check_place, check_space
+from outside_in.data.prepare.documents import File
 from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
+from outside_in.data.prepare.progress import Options, Progress, difference, pinned
 from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter, shuffle_documents
 from outside_in.runtime.log import log
@@ -27,53 +29,23 @@ from outside_in.storage import atomic
 from outside_in.storage.atomic import fsync
 from outside_in.storage.strict_json import read_json
 
-PROGRESS_FILE, LOCK = "progress.json", "lock"
 SECONDS_BETWEEN_NOTES = 10
-BYTES_PER_TOKEN = 4.5  # of English
-COMPRESSION = 3.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides, with the sources, which tokens come out."""
-
-    reading: ReadOptions
-    validation: float = 0.01  # share of documents
-    limit_tokens: int | None = None
-    shuffle: bool = False
-    deduplicate: bool = False
-    special_tokens: bool = False
-    seed: int = 42
-
-
-@dataclass
-class Progress:
-    """How far a preparation is: what is on the disk, and which documents come next."""
-
-    command: dict[str, Any]
-    source: int = 0  # the one that is being read
-    documents_of_source: int = 0  # that are done
-    documents: int = 0  # that are done, of all sources, dropped ones included
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    per_source: list[dict[str, int]] = field(default_factory=list)
-    duplicates: int = 0
-    all_read: bool = False
 
 
 class Preparation:
     """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
 
     def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
-        _check_place(out, overwrite)
+        check_place(out, overwrite)
         self.out, self.options = out, options
         self.folder = out.with_name(f".preparing-{out.name}")
-        self.sources = [_pinned(source, self.folder / PROGRESS_FILE) for source in sources]
+        self.sources = [pinned(source, self.folder / PROGRESS_FILE) for source in sources]
         self.command = {
             "options": asdict(options),
             "sources": [{"name": source.name, "version": source.version} for source in self.sources],
         }
         if not self.folder.exists():
-            _check_space(out, self.sources, options)
+            check_space(out, self.sources, options.limit_tokens, copies=2 if options.shuffle else 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
         self._seen: SeenDocuments | None = None
@@ -116,7 +88,7 @@ class Preparation:
                 raise ValueError(f"{self.out}: was begun by another version; start anew with --overwrite") from None
         if self.progress.command != self.command:
             raise ValueError(
-                f"{self.out}: was begun with other {_difference(self.progress.command, self.command)}; "
+                f"{self.out}: was begun with other {difference(self.progress.command, self.command)}; "
                 "type the same command again, or start anew with --overwrite"
             )
         self.goes_on = self.progress.documents > 0
@@ -283,55 +255,6 @@ class Preparation:
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
             "leakage": find_leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
         }
-
-
-def _check_place(out: Path, overwrite: bool) -> None:
-    """Raise ValueError unless a folder of token files may be made here; what is not one is never replaced."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
-    ours = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, PROGRESS_FILE, LOCK}
-    if others := sorted({path.name for path in out.iterdir()} - ours):
-        raise ValueError(f"{out}: is there already, and holds other things, such as {others[0]!r}; use another name")
-    if not overwrite:
-        raise ValueError(f"{out}: is there already; use --overwrite, or another name")
-
-
-def _pinned(source: Source, save_progress: Path) -> Source:
-    """Fix the revision of a Hub dataset: the one that was begun with, else the newest."""
-    if isinstance(source, File):
-        return source
-    try:
-        noted = read_json(save_progress, description.MAX_BYTES)["command"]["sources"]
-        versions = {each["name"]: each["version"] for each in noted}
-    except (ValueError, KeyError, TypeError):
-        versions = {}
-    return source.at(versions[source.name]) if source.name in versions else source.at(source.newest_revision())
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    if old["sources"] != new["sources"]:
-        return "sources (or they have changed since)"
-    changed = [key for key in new["options"] if old["options"].get(key) != new["options"][key]]
-    return f"options ({', '.join(changed)})"
-
-
-def _check_space(out: Path, sources: list[Source], options: Options) -> None:
-    """Raise ValueError when the disk has clearly too little room."""
-    text_bytes = sum(
-        (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
-        for source in sources
-    )
-    tokens = min(text_bytes / BYTES_PER_TOKEN, options.limit_tokens or float("inf"))
-    needed = 2 * tokens * (2 if options.shuffle else 1)
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise ValueError(
-            f"{out}: expected about {needed / 2**30:.2f} GiB of space, got {free / 2**30:.2f} GiB; free some, take "
-            "another disk, or use --limit-tokens"
-        )
 
 
 def _sha256(source: Source) -> str | None:

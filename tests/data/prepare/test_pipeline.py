@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -277,7 +278,7 @@ def refusal(*arguments, **keywords):
 def test_a_folder_that_is_there_is_not_touched_unless_asked(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["new"])
     (tmp_path / "out").mkdir()
-    assert "is there already; use --overwrite" in refusal(tmp_path / "out", path)
+    assert "already exists; use --overwrite" in refusal(tmp_path / "out", path)
     prepare(tmp_path / "out", path, validation=0, overwrite=True)
     assert documents_of(tmp_path / "out") == ["new<|endoftext|>"]
 
@@ -355,7 +356,7 @@ def test_a_hub_dataset_keeps_the_revision_that_was_begun_with(tmp_path, monkeypa
     for _ in range(2):
         with closing(Preparation(tmp_path / "out", [source], Options(ReadOptions()), overwrite=False)) as preparation:
             assert preparation.sources[0].revision == "a"
-            preparation.note()
+            preparation.save_progress()
 
 
 def test_other_options_do_not_go_on_with_what_was_begun(tmp_path, small_batches):
@@ -377,9 +378,7 @@ def test_a_second_process_is_kept_out(tmp_path):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", ["text"] * 100)
-    monkeypatch.setattr(
-        pipeline.shutil, "disk_usage", lambda folder: os.statvfs_result([0] * 11) and type("", (), {"free": 10})
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: os.statvfs_result([0] * 11) and type("", (), {"free": 10}))
     assert "expected about 0.00 GiB of space, got 0.00 GiB" in refusal(tmp_path / "out", path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
@@ -444,7 +443,7 @@ def test_ctrl_c_and_the_same_command_make_the_same(tmp_path):
     assert not (tmp_path / "out").exists()
     again = program(tmp_path / "out", "--text", path)
     assert again.returncode == 0, again.stderr
-    assert "going on after" in again.stdout
+    assert "resuming after" in again.stdout
     whole = program(tmp_path / "whole", "--text", path)
     assert whole.returncode == 0
     for split in ("train", "validation"):

@@ -1,0 +1,41 @@
+"""The folder that prepare_data.py makes: whether it may, and whether the disk has room."""
+
+import shutil
+from pathlib import Path
+
+from outside_in.data.prepare.description import DESCRIPTION, SPLITS
+from outside_in.data.prepare.encode import Source
+
+PROGRESS_FILE, LOCK = "progress.json", "lock"
+BYTES_PER_TOKEN = 4.5  # of English
+COMPRESSION = 3.0
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a folder of token files may be made here; what is not one is never replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
+    known = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, PROGRESS_FILE, LOCK}
+    if others := sorted({path.name for path in out.iterdir()} - known):
+        raise ValueError(f"{out}: already exists, and holds other things, such as {others[0]!r}; use another name")
+    if not overwrite:
+        raise ValueError(f"{out}: already exists; use --overwrite, or another name")
+
+
+def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copies: int) -> None:
+    """Raise ValueError when the disk has clearly too little room."""
+    text_bytes = sum(
+        (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
+        for source in sources
+    )
+    tokens = min(text_bytes / BYTES_PER_TOKEN, limit_tokens or float("inf"))
+    needed = 2 * tokens * copies
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: expected about {needed / 2**30:.2f} GiB of space, got {free / 2**30:.2f} GiB; free some, take "
+            "another disk, or use --limit-tokens"
+        )
