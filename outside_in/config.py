@@ -12,6 +12,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from outside_in.storage.strict_json import parse_object, read_text, shortened
+from outside_in.storage.text import counted
 
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
@@ -182,7 +183,7 @@ def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) ->
         )
         raise ValueError(
             f"a global step of this run has {sequences} sequences, which microbatches of {train.microbatch_size} on "
-            f"{devices} device(s) do not divide; use a number of devices (mesh) of {counts or 'no kind'}"
+            f"{counted(devices, 'device')} do not divide; use a number of devices (mesh) of {counts or 'no kind'}"
             + (f", or start a new run with microbatch_size {sizes}" if sizes else "")
         )
     steps = sequences // size

@@ -15,6 +15,7 @@ from outside_in.reports.flops import FORMULA, flops_per_token
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.text import counted
 
 GIB = 2**30
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
@@ -47,20 +48,23 @@ def describe(
     tokens_per_step = tokens_per_global_step(model, train, devices)
     steps = steps_per_epoch(model, train, available_tokens, devices)
     on_each = f" on each of {devices} devices" if devices > 1 else ""
+    microbatches = counted(train.gradient_accumulation_steps, "microbatch", "microbatches")
     lines = [
-        f"model   {parameters:,} parameters: {model.n_layers} layers, {model.n_heads} heads, "
+        f"model   {parameters:,} parameters: {counted(model.n_layers, 'layer')}, "
+        f"{counted(model.n_heads, 'head')}, "
         f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
-        f"step    {tokens_per_step:,} tokens: {train.gradient_accumulation_steps} microbatches of "
-        f"{train.microbatch_size} sequences{on_each}, in {train.calls_per_step} compiled call(s), {train.precision}",
+        f"step    {tokens_per_step:,} tokens: {microbatches} of "
+        f"{counted(train.microbatch_size, 'sequence')}{on_each}, in {counted(train.calls_per_step, 'compiled call')}, "
+        f"{train.precision}",
         *describe_mesh({BLOCK.sub("blocks.*.", name): shape for name, shape in shapes.items()}, mesh),
     ]
     if steps is None:
-        lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {train.epochs} epoch(s)")
+        lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {counted(train.epochs, 'epoch')}")
     else:
         tokens = steps * train.epochs * tokens_per_step
         lines.append(
-            f"run     {steps * train.epochs:,} steps, {tokens:,} tokens ({train.epochs} epoch(s) of {train.dataset}), "
-            f"{tokens / parameters:.3g} tokens per parameter"
+            f"run     {counted(steps * train.epochs, 'step')}, {tokens:,} tokens ({counted(train.epochs, 'epoch')} of "
+            f"{train.dataset}), {tokens / parameters:.3g} tokens per parameter (20 is about compute-optimal)"
         )
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from outside_in.config import MeshConfig
 from outside_in.runtime.processes import device_put_global
+from outside_in.storage.text import counted
 
 DATA, FSDP = AXES = ("data", "fsdp")
 MIN_SHARDED = 2048  # numbers: gathering less costs more than it saves
@@ -32,8 +33,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
         divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         raise ValueError(
-            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {count} device(s) here, which {divisors} divide; "
-            "data=-1 takes what fsdp leaves"
+            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {counted(count, 'device')} here, which "
+            f"{divisors} divide; data=-1 takes what fsdp leaves"
         )
     return _mesh(tuple(devices[: data * fsdp]), data, fsdp)
 
@@ -88,7 +89,7 @@ def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
         return []
     left = jax.device_count() - count
     unused = f"; {left} more are not used" if left else ""
-    lines = [f"mesh    {count} device(s): data {mesh.shape[DATA]} × fsdp {mesh.shape[FSDP]}{unused}"]
+    lines = [f"mesh    {counted(count, 'device')}: data {mesh.shape[DATA]} × fsdp {mesh.shape[FSDP]}{unused}"]
     if mesh.shape[FSDP] == 1:
         return lines
     for name, shape in shapes.items():

@@ -103,7 +103,7 @@ def test_a_mesh_takes_the_devices_that_it_names_and_minus_1_the_rest(wanted, sha
 
 @pytest.mark.parametrize("wanted", [{"fsdp": 3}, {"data": 9}, {"data": 3, "fsdp": 3}, {"fsdp": 16}], ids=str)
 def test_a_mesh_that_does_not_fit_says_which_do(wanted):
-    with pytest.raises(ValueError, match=r"do not fit the 8 device.s. here, which 1, 2, 4, 8 divide"):
+    with pytest.raises(ValueError, match=r"do not fit the 8 devices here, which 1, 2, 4, 8 divide"):
         make_mesh(MeshConfig(**wanted))
 
 
@@ -128,8 +128,8 @@ def test_the_largest_divisible_axis_is_spread_and_small_arrays_are_whole(shape, 
 def test_it_is_said_what_became_of_each_array():
     shapes = {"head.embedding": (50257, 768), "output_norm.scale": (768,)}
     assert describe_mesh(shapes, make_mesh(MeshConfig(data=2, fsdp=2))) == [
-        "mesh    4 device(s): data 2 × fsdp 2; 4 more are not used",
+        "mesh    4 devices: data 2 × fsdp 2; 4 more are not used",
         "        head.embedding [50257, 768]: axis 1 over fsdp",
         "        output_norm.scale [768]: whole on every device",
     ]
-    assert describe_mesh(shapes, make_mesh(MeshConfig())) == ["mesh    8 device(s): data 8 × fsdp 1"]
+    assert describe_mesh(shapes, make_mesh(MeshConfig())) == ["mesh    8 devices: data 8 × fsdp 1"]

@@ -108,7 +108,7 @@ def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program
     with both_processes(run) as both:
         codes, (first, second) = ended(both)
     assert codes == [0, 0], first + second
-    assert "finished: " in first and "step    128 tokens: 2 microbatches of 1 sequences on each of 4 devices" in first
+    assert "finished: " in first and "step    128 tokens: 2 microbatches of 1 sequence on each of 4 devices" in first
     assert not [word for word in ("tokens", "step", "run", "mesh") if word in second]  # only Gloo speaks there
     same_run(run, alone(make_run, call_program))
     assert final_state(run)["step"] == 12  # every checkpoint is whole
@@ -248,7 +248,7 @@ def test_torchruns_variables_are_understood(make_run, call_program):
     both = [start(run, port, process, devices=1, RANK=str(process), LOCAL_RANK="0", **common) for process in (0, 1)]
     codes, outputs = ended(both)
     assert codes == [0, 0], outputs
-    assert "mesh    2 device(s): data 2 × fsdp 1" in outputs[0]
+    assert "mesh    2 devices: data 2 × fsdp 1" in outputs[0]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from outside_in.data.prepare import leakage
 from outside_in.data.prepare.leakage import Progress, find_leakage, show_nothing
 from outside_in.data.token_files import entropy, token_slices
 from outside_in.storage.strict_json import read_json
+from outside_in.storage.text import counted
 
 DESCRIPTION = "data.json"
 MAX_BYTES = 2**28  # of data.json: there may be a hundred thousand sources
@@ -63,7 +64,7 @@ def lines(description: dict[str, Any]) -> list[str]:
         *(f"source {_printable(source['name'])}: {_source_facts(source)}" for source in description["sources"]),
         f"tokenizer {_printable(description['tokenizer'])}, seed {_printable(description['seed'])}",
         f"options {', '.join(_option_texts(description['options'])) or 'none'}",
-        "duplicates not looked for" if dropped is None else f"duplicates dropped: {dropped:,}",
+        "duplicates: not checked" if dropped is None else f"duplicates dropped: {dropped:,}",
     ]
 
 
@@ -164,7 +165,7 @@ def _same(recorded: Any, value: float) -> bool:
 
 def _split_line(split: str, counts: dict[str, Any]) -> str:
     return (
-        f"{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents, "
+        f"{split}: {counts['tokens']:,} tokens in {counted(counts['documents'], 'document')}, "
         f"mean length {counts['tokens'] / max(1, counts['documents']):,.1f}, longest {counts['longest_document']:,}, "
         f"unigram entropy {counts['unigram_entropy']:.3f} nats"
     )

@@ -28,6 +28,7 @@ from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.atomic import fsync
 from outside_in.storage.strict_json import read_json
+from outside_in.storage.text import counted
 
 SECONDS_BETWEEN_NOTES = 10
 
@@ -216,7 +217,7 @@ class Preparation:
                 count = sum(source["documents"] for source in self.progress.per_source)
                 shutil.rmtree(self.folder)  # the same command could not go on either
                 raise ValueError(
-                    f"{self.out}: none of {count:,} document(s) fell into {split}; use --validation "
+                    f"{self.out}: none of {counted(count, 'document')} fell into {split}; use --validation "
                     f"{min(50, -(-300 // max(1, count)))}% for so few, cut the text into more with --separator, or use "
                     "--validation 0"
                 )

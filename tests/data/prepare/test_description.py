@@ -342,7 +342,7 @@ def test_a_folder_without_data_json_is_described_by_its_tokens(folder):
     assert printed == [
         f"train: {train['tokens']:,} tokens in 2 documents, mean length {train['tokens'] / 2:.1f}, "
         f"longest {held_out['tokens'] - 1}, unigram entropy {train['unigram_entropy']:.3f} nats",
-        f"validation: {held_out['tokens']:,} tokens in 1 documents, mean length {held_out['tokens']}.0, "
+        f"validation: {held_out['tokens']:,} tokens in 1 document, mean length {held_out['tokens']}.0, "
         f"longest {held_out['tokens'] - 1}, unigram entropy {held_out['unigram_entropy']:.3f} nats",
         f"leakage {sequences} of {sequences} validation sequences of 32 tokens (100.0%) occur in the training tokens",
         "no data.json: it is not known where these tokens come from",
@@ -392,7 +392,7 @@ def test_what_was_not_recorded_is_not_made_up(folder):
     source = {"name": "owner/name", "size_bytes": None, "sha256": None, "documents": 2, "tokens": 9, "share": 1.0}
     printed = lines(recorded_of(folder, sources=[source], duplicates_dropped=None, options={}))
     assert printed[3] == "source owner/name: 2 documents, 9 tokens, 100.0% of all tokens"
-    assert printed[-2:] == ["options none", "duplicates not looked for"]
+    assert printed[-2:] == ["options none", "duplicates: not checked"]
 
 
 def test_a_folder_that_is_as_recorded_gives_no_warning(folder):

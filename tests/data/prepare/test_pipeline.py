@@ -385,7 +385,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 
 def test_documents_too_few_for_two_splits_are_told(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["one"])
-    assert "none of 1 document(s) fell into" in refusal(tmp_path / "out", path)
+    assert "none of 1 document fell into" in refusal(tmp_path / "out", path)
     prepare(tmp_path / "out", path, validation=0)
     assert documents_of(tmp_path / "out") == ["one<|endoftext|>"]
 
