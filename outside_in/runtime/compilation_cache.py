@@ -15,8 +15,11 @@ from typing import Any
 
 import jax
 
-MAX_BYTES = 2**30  # of the folder at a start; JAX's own bound costs 0.2 s for every new entry
-OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+OPTIONS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_compilation_cache_max_size": 2**30,  # bytes; JAX drops what was not read for longest
+}
 COMPLAINT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(\w+)'")
 
 
@@ -27,7 +30,6 @@ def enable_compilation_cache() -> None:
         return
     try:
         folder = private_folder()
-        prune(folder, MAX_BYTES)
     except (OSError, RuntimeError) as error:  # there may be no home
         warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
         return
@@ -48,15 +50,6 @@ def private_folder() -> Path:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
     return folder
-
-
-def prune(folder: Path, largest_bytes: int) -> None:
-    """Remove the entries that were not read for longest, until the others have no more than `largest_bytes`."""
-    by_age = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda entry: -entry[0].st_atime)
-    sizes = itertools.accumulate(status.st_size for status, _ in by_age)
-    for (_, path), size in zip(by_age, sizes):
-        if size > largest_bytes:
-            path.unlink(missing_ok=True)
 
 
 def drop_corrupt_entries(folder: Path) -> None:

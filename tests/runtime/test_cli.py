@@ -152,7 +152,7 @@ def test_the_program_goes_on_when_its_reader_leaves():
         "test_generation model.safetensors --tokens 0",
     ],
 )
-def test_help_and_typing_errors_do_not_wait_for_jax(arguments):
+def test_help_and_usage_errors_do_not_wait_for_jax(arguments):
     name, *rest = arguments.split()
     code = f"import sys, {name}; from outside_in.runtime import cli; sys.argv = {[f'{name}.py', *rest]}"
     code += f"\ntry: cli.run({name}.main, {name}.make_parser())"
