@@ -14,7 +14,7 @@ def main(args: argparse.Namespace) -> int:
     from outside_in.storage import manifest
     from outside_in.weights import load_weights
 
-    files = [find_weights(path, "latest") for path in args.paths]
+    files = [find_weights(path) for path in args.paths]
     tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
     for file in files:
         manifest.check_alone(file)
@@ -24,11 +24,11 @@ def main(args: argparse.Namespace) -> int:
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(
-        "Print a table of the parameters of a checkpoint: shape, norm, mean, deviation, zeros, what is not finite. "
+        "Print a table of the parameters of a checkpoint: shape, norm, mean, std, zeros, NaN/Inf. "
         "Of two checkpoints, the first one's, and how far the second one's are from them, relative to their norm."
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="a run, a checkpoint, or a model.safetensors; at most two"
+        "paths", nargs="+", type=Path, metavar="PATH", help="a run (its best checkpoint), a checkpoint, or a file"
     )
     return parser
 

@@ -38,6 +38,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict
     rows: list[dict[str, Any]] = []
     first = None
     for path, file in zip(args.models, files, strict=True):
+        log.info(f"evaluating {file}")
         model = load_saved_model(file)
         rows.append({"model": str(path), "weights": str(file), "parameters": count_parameters(model.config)})
         if tokens is not None:

@@ -34,16 +34,16 @@ def load_saved_model(path: Path) -> GPTModel:
     return model
 
 
-def find_weights(path: Path, which: str = "best") -> Path:
+def find_weights(path: Path) -> Path:
     """Return the weights file that a path stands for: the file itself, a checkpoint's, or that of a run.
 
-    Of a run that is its checkpoint `which` (a name or a link), without one its newest, without any what it starts from.
+    Of a run that is its best checkpoint, without one its newest, without any the weights that it starts from.
     Raises ValueError when there is none.
     """
     if path.is_file():
         return path
     run = RunDirectory(path)
-    folders = path, run.checkpoints / which, run.checkpoints / "latest", run.initial_weights.parent
+    folders = path, run.checkpoints / "best", run.checkpoints / "latest", run.initial_weights.parent
     for candidate in (folder / MODEL_FILE for folder in folders):
         if candidate.is_file():
             return candidate

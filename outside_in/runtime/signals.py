@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks for a stop at the next good moment, the second one leaves at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first one asks for a stop at the next good moment, the second one leaves at once.
 
 SIGUSR1 asks for a checkpoint.
 
@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a run exits with 128 + the number of one
 
 
 class StopRequest:
@@ -43,7 +43,7 @@ class StopRequest:
 
     def apply(self, agreed: int) -> None:
         """Act upon the signal that all processes have agreed upon, at a step at which all know it; 0 is none."""
-        if agreed in EXIT_CODES:
+        if agreed in STOPPING:
             self._agreed_number = agreed
         elif agreed:
             self._agreed_save.set()
@@ -63,15 +63,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM."""
+        """128 + the signal: 130 after Ctrl-C, 143 after SIGTERM."""
         number = self._agreed_number or self.signal_number
         assert number is not None
-        return EXIT_CODES[signal.Signals(number)]
+        return 128 + number
 
 
 @contextlib.contextmanager
 def listening(request: StopRequest, first_message: str, second_message: str) -> Iterator[None]:
-    """Note SIGINT, SIGTERM and SIGUSR1 in `request` while the block runs; must be entered by the main thread."""
+    """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 in `request` while the block runs; must be entered by the main thread."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -83,7 +83,7 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
         while received := reader.recv(1):
             if received[0] == signal.SIGUSR1:
                 request.ask_to_save()
-            if received[0] not in EXIT_CODES:
+            if received[0] not in STOPPING:
                 continue
             if request.signal_number is not None:
                 announce(second_message)
@@ -92,7 +92,10 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
             announce(first_message)
 
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first: none is missed
-    previous = {number: signal.signal(number, lambda *_: None) for number in (*EXIT_CODES, signal.SIGUSR1)}
+    handled = [*STOPPING, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        handled.remove(signal.SIGHUP)
+    previous = {number: signal.signal(number, lambda *_: None) for number in handled}
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:

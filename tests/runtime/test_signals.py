@@ -50,7 +50,7 @@ def wait_for_first_message(process):
     assert [process.stderr.readline() for _ in range(2)] == ["\n", f"{FIRST}\n"]
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_asks_and_the_block_ends_by_itself(number, exit_code):
     process = start(POLITE)
     process.send_signal(number)
@@ -120,3 +120,14 @@ def test_afterwards_signals_are_handled_as_before(error):
     except ZeroDivisionError:
         assert error
     assert handlers() == before
+
+
+def test_a_hangup_is_ignored_where_it_was_before_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a started program inherits
+    try:
+        process = start("time.sleep(0.5)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    output, errors, _ = finish(process)
+    assert "block ended None" in output and FIRST not in errors
