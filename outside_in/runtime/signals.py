@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a run exits with 128 + the number of one
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -71,7 +71,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening(request: StopRequest, first_message: str, second_message: str) -> Iterator[None]:
-    """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 in `request` while the block runs; must be entered by the main thread."""
+    """Note the signals in `request` while the block runs; must be entered by the main thread."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
