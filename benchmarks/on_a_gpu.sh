@@ -20,6 +20,7 @@ folder=$(realpath "$folder")
 python=${PYTHON:-uv run python}
 torch=${PYTHON:-uv run}
 shape="--shape gpt2-small --precision bfloat16 --accumulation ${ACCUMULATION:-4}"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # where the project is not installed
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled}
 
 train() { # FOLDER: with nothing but errors and the last line
@@ -91,8 +92,8 @@ peers() { # both programs are on the GPU at once, and JAX would take three quart
 }
 
 tests() {
-  JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -q -p no:cacheprovider -k "not on_a_cpu" tests/test_kernels.py tests/test_loss.py tests/test_attention.py \
-    tests/test_optimizer.py tests/test_steps.py tests/test_sampling.py tests/test_forking.py
+  JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -q -n 0 -p no:cacheprovider -k "not on_a_cpu" tests/layers \
+    tests/test_loss.py tests/test_optimizer.py tests/test_train_step.py tests/test_sampling.py tests/test_forking.py
 }
 
 for stage in "$@"; do

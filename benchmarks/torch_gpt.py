@@ -12,11 +12,14 @@ import argparse
 import contextlib
 import math
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))  # this program has an environment of its own, without the project
 
 import numpy as np
 import shapes
