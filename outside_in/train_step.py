@@ -175,25 +175,29 @@ def mean_gradient(
 def shard_map_with_gather(
     mesh: Mesh, on_device: Callable[..., Any], in_specs: list[Any], out_specs: Any
 ) -> Callable[..., Any]:
-    """Let each device compute its share: `on_device` gets whole parameters, and its part of the other arguments."""
+    """Return a `shard_map` of `on_device` that gathers parameters sharded over `fsdp` first.
 
-    def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    What is returned takes the parameters, whose specs are those of the rule, and arguments with `in_specs`.
+    """
+
+    def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.all_gather(x, FSDP, axis=len(spec) - 1, tiled=True) if len(spec) else x
 
-    def apply(params: nnx.State, *others: Any) -> Any:
+    def sharded(params: nnx.State, *others: Any) -> Any:
         specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), params)
+        return jax.shard_map(
+            lambda params, *others: on_device(jax.tree.map(gather, params, specs), *others),
+            mesh=mesh,
+            in_specs=(specs, *in_specs),
+            out_specs=out_specs,
+            check_vma=False,
+        )(params, *others)
 
-        def with_whole(params: nnx.State, *others: Any) -> Any:
-            return on_device(jax.tree.map(gathered, params, specs), *others)
-
-        spread = jax.shard_map(with_whole, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False)
-        return spread(params, *others)
-
-    return apply
+    return sharded
 
 
 def reduce_gradient(grad: jax.Array, mesh: Mesh) -> jax.Array:
-    """Add up a gradient over all devices; each keeps its part, where the parameter is spread."""
+    """Sum a gradient over all devices; each keeps its shard where the parameter is sharded."""
     spec = array_spec(grad.shape, mesh)
     if not len(spec):
         return jax.lax.psum(grad, AXES)

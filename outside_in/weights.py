@@ -106,7 +106,7 @@ def fill_like(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.S
     check_structure(state, saved, source)
     current = named_arrays(state)
     arrays = [np.asarray(saved[name]) for name in current]
-    # Committed to a device although the old ones were not, they would make another program of the training step.
+    # Uncommitted arrays stay uncommitted: another sharding would recompile the training step.
     shardings = [array.sharding if getattr(array, "committed", False) else None for array in current.values()]
     placed = [device_put_global(array, sharding) for array, sharding in zip(arrays, shardings)]
     paths = [path for path, _ in nnx.to_flat_state(state)]

@@ -116,7 +116,7 @@ def windowed_losses(
 
 
 def standard_error(values: np.ndarray, block: int) -> float | None:
-    """Return the standard error of a mean over values that are alike where they are near, by blocks of them.
+    """Return the block standard error of a mean over autocorrelated values.
 
     None when there are fewer than two whole blocks.
     """

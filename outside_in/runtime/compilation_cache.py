@@ -24,7 +24,7 @@ COMPLAINT = re.compile(r"Error (?:reading|writing) persistent compilation cache 
 
 
 def enable_compilation_cache() -> None:
-    """Let JAX keep what it compiles from now on, or warn that it cannot; where the user has told JAX, that holds."""
+    """Let JAX keep what it compiles, or warn that it cannot; the user's own settings of JAX win."""
     config: Any = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return

@@ -85,10 +85,10 @@ def is_distributed() -> bool:
 
 @contextlib.contextmanager
 def propagate_errors() -> Iterator[None]:
-    """Let what fails in one process fail in all of them, instead of leaving the others to wait.
+    """Make an error in one process an error in all; else the others would wait forever.
 
-    An OSError is one in all, with the same number, so that all may go on in the same way. Nothing in the block may wait
-    for the other processes.
+    An OSError is raised with the same errno everywhere, so that all handle it in the same way. The block itself must
+    not wait for other processes.
     """
     failure: Exception | None = None
     try:
