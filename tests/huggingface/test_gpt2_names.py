@@ -100,7 +100,7 @@ def test_all_that_does_not_fit_is_told_at_once():
 
 def test_a_line_shows_but_the_first_of_many_mismatches():
     model = tiny_model(n_layers=2, **GPT2)
-    with pytest.raises(ValueError, fill_like=re.compile(r"28 tensors do not fit: .*; and 16 more$")):
+    with pytest.raises(ValueError, match=re.compile(r"28 tensors do not fit: .*; and 16 more$")):
         import_weights({}, model.config, "a folder")
 
 
@@ -133,7 +133,7 @@ def test_a_config_that_is_not_ours_to_compute_is_one_line(changes, complaint):
 
 def test_several_options_are_told_at_once():
     with pytest.raises(
-        ValueError, fill_like=r'activation_function="relu", .*; add_cross_attention=true, expected false'
+        ValueError, match=r'activation_function="relu", .*; add_cross_attention=true, expected false'
     ):
         import_config(THEIRS | {"activation_function": "relu", "add_cross_attention": True}, "config.json")
 
@@ -141,13 +141,13 @@ def test_several_options_are_told_at_once():
 @pytest.mark.parametrize("switch", ["position_embedding", "pre_norm", "shortcut", "feed_forward", "output_norm"])
 def test_a_switch_that_gpt2_does_not_have_is_refused_by_name(switch):
     with pytest.raises(
-        ValueError, fill_like=f"not a GPT-2, so it cannot be exported: its model.json says {switch}=false$"
+        ValueError, match=f"not a GPT-2, so it cannot be exported: its model.json says {switch}=false$"
     ):
         export_config(tiny_model_config(**{switch: False}), None)
 
 
 def test_the_shell_is_no_gpt2():
-    with pytest.raises(ValueError, fill_like="shortcut=false, n_layers=0"):
+    with pytest.raises(ValueError, match="shortcut=false, n_layers=0"):
         export_config(tiny_model_config(n_layers=0, shortcut=False), None)
 
 
@@ -156,7 +156,7 @@ def test_a_tied_head_that_is_another_is_refused():
     theirs = export_weights(arrays_of(model), model.config)
     theirs["lm_head.weight"] = 2 * theirs["transformer.wte.weight"]
     with pytest.raises(
-        ValueError, fill_like=r"lm_head.weight is not wte.weight, but config.json says that they are tied"
+        ValueError, match=r"lm_head.weight is not wte.weight, but config.json says that they are tied"
     ):
         import_weights(theirs, model.config, "a folder")
 
@@ -165,5 +165,5 @@ def test_numbers_beyond_float32_are_refused():
     model = tiny_model(n_layers=1, **GPT2)
     theirs = export_weights(arrays_of(model), model.config)
     theirs["transformer.ln_f.bias"] = np.full(32, 1e300)
-    with pytest.raises(ValueError, fill_like=r"a folder: ln_f.bias: expected finite float32 numbers"):
+    with pytest.raises(ValueError, match=r"a folder: ln_f.bias: expected finite float32 numbers"):
         import_weights(theirs, model.config, "a folder")
