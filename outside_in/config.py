@@ -78,9 +78,9 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def heads_divide_the_embedding(self) -> Self:
         if self.emb_dim % self.n_heads:
-            divisors = max(1, self.emb_dim // self.n_heads) * self.n_heads
+            suggested = max(1, self.emb_dim // self.n_heads) * self.n_heads
             raise ValueError(
-                f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}; use {divisors} or change n_heads"
+                f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}; use {suggested} or change n_heads"
             )
         return self
 

@@ -24,7 +24,6 @@ CACHE_OPTIONS = {
     "jax_compilation_cache_dir": CACHE.name if CACHE else os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    "jax_disable_most_optimizations": True,  # half of the suite's time would go into compiling
 }
 for option, value in CACHE_OPTIONS.items():
     jax.config.update(option, value)
@@ -89,3 +88,14 @@ def logged():
     """The messages that are logged, with their level if it is not INFO, in a list that grows."""
     with captured_log() as messages:
         yield messages
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Compile with few optimizations: for tests that compile much and compute little."""
+    option = "jax_disable_most_optimizations"
+    jax.clear_caches()
+    jax.config.update(option, True)
+    yield
+    jax.config.update(option, False)
+    jax.clear_caches()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run_program
 
+pytestmark = pytest.mark.slow
+
 if sys.platform != "linux":
     pytest.skip("the paths of open files are read from Linux's /proc", allow_module_level=True)
 

@@ -14,6 +14,8 @@ import prove_resume
 from checkpointing import HostCopy, find_checkpoints
 from outside_in.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def prove(call_program):

@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 from checkpointing import find_checkpoints, verify
 from outside_in.storage.metrics import read
 
+pytestmark = pytest.mark.slow
+
 LONG = {"min_train_tokens": 12 * 128, "epochs": 8, "checkpoint_interval": 40, "drop_rate": 0.2}  # 96 global steps
 FILES = {"loss-chart.png", "learning-rate-chart.png", "gradient-norm-chart.png", "metrics.jsonl", "checkpoints"}
 

@@ -10,6 +10,8 @@ from test_train import LONG, start_and_signal
 from outside_in.storage.metrics import read
 from outside_in.training import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def ladder(make_run, tmp_path):

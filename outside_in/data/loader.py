@@ -62,7 +62,7 @@ class TokenStream:
         return (chosen * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the inputs and targets of global step `step` (from 0), each (K, B, T), uint16, or (K, columns, T).
+        """Cut the inputs and targets of global step `step` (from 0), (K, B, T), or (K, local sequences, T).
 
         Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
         """
@@ -76,7 +76,7 @@ class TokenStream:
         return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
 
     def _share(self, epoch: int) -> np.ndarray:
-        """Read what this process needs of an epoch into memory, (steps, K, columns, T + 1)."""
+        """Read what this process needs of an epoch into memory, (steps, K, local sequences, T + 1)."""
         if epoch not in self._read:
             assert self.local_sequences
             steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)

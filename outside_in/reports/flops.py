@@ -69,10 +69,3 @@ def mfu(tokens_per_second: float, model: ModelConfig, device_kind: str, precisio
     """Return which share of the device's peak a speed is, None where the peak is not known."""
     peak = peak_tflops(device_kind, precision)
     return tokens_per_second * flops_per_token(model) / 1e12 / peak if peak else None
-
-
-def describe_speed(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> str:
-    """Say a speed as tokens/s, TFLOP/s, and MFU where the device's peak is known."""
-    tflops = tokens_per_second * flops_per_token(model) / 1e12
-    share = mfu(tokens_per_second, model, device_kind, precision)
-    return f"{tokens_per_second:,.0f} tokens/s, {tflops:.3g} TFLOP/s" + (f", MFU {share:.1%}" if share else "")

@@ -30,6 +30,7 @@ def enable_compilation_cache() -> None:
         return
     try:
         folder = private_folder()
+        drop_undated_entries(folder)
     except (OSError, RuntimeError) as error:  # there may be no home
         warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
         return
@@ -50,6 +51,13 @@ def private_folder() -> Path:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
     return folder
+
+
+def drop_undated_entries(folder: Path) -> None:
+    """Remove entries without a time of last use, which a kill leaves: with one of them JAX adds nothing any more."""
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 def drop_corrupt_entries(folder: Path) -> None:

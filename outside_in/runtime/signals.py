@@ -32,14 +32,16 @@ class StopRequest:
 
     def pending_signal(self) -> int:
         """Return the number of the signal that this process would have all of several act upon, or 0."""
-        if not self.is_distributed:
-            return 0
-        if self.signal_number is not None:
-            return self.signal_number
-        if self._wants_save.is_set():
+        if number := self.pending_stop():
+            return number
+        if self.is_distributed and self._wants_save.is_set():
             self._wants_save.clear()
             return signal.SIGUSR1
         return 0
+
+    def pending_stop(self) -> int:
+        """Return the same, leaving out checkpoints that are asked for."""
+        return self.signal_number or 0 if self.is_distributed else 0
 
     def apply(self, agreed: int) -> None:
         """Act upon the signal that all processes have agreed upon, at a step at which all know it; 0 is none."""
@@ -86,6 +88,8 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
             if received[0] not in STOPPING:
                 continue
             if request.signal_number is not None:
+                if received[0] == signal.SIGHUP:  # a closed terminal sends it, and `uv run` passes it on once more
+                    continue
                 announce(second_message)
                 os._exit(request.exit_code)
             request.signal_number = received[0]

@@ -114,9 +114,10 @@ class CheckpointWriter:
             return False
         with state.time_budget.during("samples"):
             text = sample(state)
-        if text:
-            processes.on_main_process(samples.append, state.run.samples, state.global_step, text)
-            log.info(f"sample: {text}")
+        with processes.propagate_errors():
+            if text:  # in the main process alone
+                samples.append(state.run.samples, state.global_step, text)
+                log.info(f"sample: {text}")
         self._validated_step = state.global_step
         return True
 
@@ -147,8 +148,8 @@ class CheckpointWriter:
                 return
             started = time.monotonic()
             checkpoint = checkpointing.save(run.checkpoints, copy, meta, model_json)
-            log_checkpoint(meta, checkpoint, time.monotonic() - started)
             try:
+                log_checkpoint(meta, checkpoint, time.monotonic() - started)
                 checkpointing.repair_links_and_prune(run.checkpoints, state.config.keep_checkpoints if prune else None)
                 draw_charts(state, records)
             except Exception as error:  # none of this is worth the training

@@ -64,7 +64,7 @@ def run_training(
         f"left at once; to resume from the last checkpoint: {resume_line}",
     ):
         train(state, stop, monitor)
-        stop.apply(processes.all_max(stop.pending_signal()))  # what came too late for the last step
+        stop.apply(processes.all_max(stop.pending_stop()))  # what came too late for the last step
     return report(state, stop, resume_line)
 
 

@@ -132,17 +132,13 @@ def test_a_config_that_is_not_ours_to_compute_is_one_line(changes, complaint):
 
 
 def test_several_options_are_told_at_once():
-    with pytest.raises(
-        ValueError, match=r'activation_function="relu", .*; add_cross_attention=true, expected false'
-    ):
+    with pytest.raises(ValueError, match=r'activation_function="relu", .*; add_cross_attention=true, expected false'):
         import_config(THEIRS | {"activation_function": "relu", "add_cross_attention": True}, "config.json")
 
 
 @pytest.mark.parametrize("switch", ["position_embedding", "pre_norm", "shortcut", "feed_forward", "output_norm"])
 def test_a_switch_that_gpt2_does_not_have_is_refused_by_name(switch):
-    with pytest.raises(
-        ValueError, match=f"not a GPT-2, so it cannot be exported: its model.json says {switch}=false$"
-    ):
+    with pytest.raises(ValueError, match=f"not a GPT-2, so it cannot be exported: its model.json says {switch}=false$"):
         export_config(tiny_model_config(**{switch: False}), None)
 
 
@@ -155,9 +151,7 @@ def test_a_tied_head_that_is_another_is_refused():
     model = tiny_model(n_layers=1, **GPT2)
     theirs = export_weights(arrays_of(model), model.config)
     theirs["lm_head.weight"] = 2 * theirs["transformer.wte.weight"]
-    with pytest.raises(
-        ValueError, match=r"lm_head.weight is not wte.weight, but config.json says that they are tied"
-    ):
+    with pytest.raises(ValueError, match=r"lm_head.weight is not wte.weight, but config.json says that they are tied"):
         import_weights(theirs, model.config, "a folder")
 
 

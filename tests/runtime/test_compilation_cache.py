@@ -12,8 +12,10 @@ from safetensors.numpy import load_file
 from checkpointing import copy_to_host, load, save
 from outside_in.data.loader import Batch
 from outside_in.optimizer import make_optimizer
-from outside_in.runtime.compilation_cache import private_folder
+from outside_in.runtime.compilation_cache import drop_undated_entries, private_folder
 from outside_in.train_step import compile_train_step, train_step
+
+pytestmark = pytest.mark.slow
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
@@ -125,3 +127,10 @@ def test_a_run_that_cannot_keep_anything_says_so_in_one_line(start, make_run, tm
     (tmp_path / "cache").write_text("")
     told = start(make_run())
     assert len(re.findall("WARNING compiled programs are not kept: .*cache", told)) == 1 and "Traceback" not in told
+
+
+def test_an_entry_without_a_time_of_last_use_is_removed_and_the_others_stay(tmp_path):
+    for name in ("whole-cache", "whole-atime", "torn-cache"):
+        (tmp_path / name).write_bytes(b"1")
+    drop_undated_entries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole-cache", "whole-atime"}

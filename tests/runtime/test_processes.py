@@ -23,6 +23,8 @@ from outside_in.runtime import processes
 from outside_in.runtime.mesh import local_sequence_slice, one_device
 from outside_in.storage import metrics
 
+pytestmark = pytest.mark.slow
+
 SPREAD = {
     "microbatch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -191,6 +193,17 @@ def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(mak
     assert not list((run / "checkpoints").glob(".staging*"))
 
 
+SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: 'a text'"
+
+
+def test_the_main_process_alone_has_a_sample(make_run):
+    run = make_run(model=LARGER, train=SPREAD | {"checkpoint_interval": 6})
+    with both_processes(run, patch=SAMPLE) as both:
+        codes, outputs = ended(both)
+    assert codes == [0, 0], outputs
+    assert (run / "samples.txt").read_text() == "step 6 | a text\nstep 12 | a text\n"
+
+
 def test_a_stop_at_a_milestone_is_made_up_for_by_all(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 1})
     for first_words in ("step 2:", "resuming from step"):
@@ -284,8 +297,8 @@ def test_the_processes_together_read_what_one_would(make_run, shuffle):
     parts = [open_streams(folder, model, config, 5, 4, local_sequences)[0] for local_sequences in ((0, 2), (2, 4))]
     for step in range(10):
         inputs, targets = whole.batch(step)
-        for side, propagate_errors in zip((inputs, targets), zip(*(part.batch(step) for part in parts))):
-            np.testing.assert_array_equal(np.concatenate(propagate_errors, axis=1), side)
+        for side, joined in zip((inputs, targets), zip(*(part.batch(step) for part in parts))):
+            np.testing.assert_array_equal(np.concatenate(joined, axis=1), side)
     share = parts[0]._share(1)
     assert share.shape == (5, 2, 2, CONTEXT_LENGTH + 1) and share.dtype == np.uint16
     assert isinstance(parts[0].tokens, np.memmap)

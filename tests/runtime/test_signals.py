@@ -28,6 +28,13 @@ STUCK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a started program inherits
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def start(body, **options):
     command = [sys.executable, "-c", PROGRAM.replace("BODY", body)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
@@ -131,3 +138,12 @@ def test_a_hangup_is_ignored_where_it_was_before_as_under_nohup():
     process.send_signal(signal.SIGHUP)
     output, errors, _ = finish(process)
     assert "block ended None" in output and FIRST not in errors
+
+
+def test_a_hangup_that_comes_twice_is_one_request():
+    process = start(POLITE.replace("0.01", "1"))
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+    output, errors, code = finish(process)
+    assert (code, "block ended 1" in output, SECOND in errors) == (129, True, False)

@@ -23,6 +23,8 @@ from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.training import checkpoint_writer, loop
 
+pytestmark = pytest.mark.slow
+
 NO_SPACE = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 

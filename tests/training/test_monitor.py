@@ -21,6 +21,8 @@ from outside_in.inference.load import load_saved_model
 from outside_in.storage import metrics
 from outside_in.training import loop, monitor, setup
 
+pytestmark = pytest.mark.slow
+
 RARE = 100  # a token that stands at one place alone
 STEP, MICROBATCH, SEQUENCE = 3, 2, 1  # there, the step from 1
 FIRST_TOKEN = CONTEXT_LENGTH * (((STEP - 1) * 4 + MICROBATCH) * 2 + SEQUENCE)

@@ -32,6 +32,8 @@ from outside_in.train_step import train_step
 from outside_in.training import checkpoint_writer
 from outside_in.weights import host_arrays
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = 16  # of a global step
 MESHES = [(2, 1), (8, 1), (1, 2), (1, 8), (2, 2), (2, 4)]
 KEY = jax.random.key(7)
