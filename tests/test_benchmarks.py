@@ -10,6 +10,8 @@ import shapes
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 SHAPE = {
     "--layers": 1,

@@ -20,6 +20,8 @@ from outside_in.inference.load import find_weights, load_saved_model
 from outside_in.storage import metrics
 from outside_in.weights import host_arrays, save_weights
 
+pytestmark = pytest.mark.slow
+
 
 def theirs(head="tied"):
     stored = load_file(GPT2_FIXTURE / f"{head}.safetensors")

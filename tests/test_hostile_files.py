@@ -37,6 +37,8 @@ from outside_in.storage.safetensors_file import MAX_HEADER_BYTES
 from outside_in.storage.strict_json import MAX_BYTES
 from outside_in.weights import load_model, named_arrays
 
+pytestmark = pytest.mark.slow
+
 NAME = "20261121T093000Z-iteration-7"
 META = {"global_step": 7, "is_best": True, "seconds_trained": 1.5}
 SHAPE = {"vocab_size": 11, "context_length": 4, "emb_dim": 4, "n_heads": 2, "n_layers": 1, "qkv_bias": False}

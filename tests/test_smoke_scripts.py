@@ -11,6 +11,8 @@ from model import GPTModel
 from outside_in.config import ModelConfig
 from outside_in.data import tokenizer
 
+pytestmark = pytest.mark.slow
+
 SHELL = ModelConfig(
     vocab_size=50257,
     context_length=16,

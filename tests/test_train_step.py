@@ -60,6 +60,7 @@ def test_accumulating_k_microbatches_is_one_batch_k_times_as_large():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 def test_every_division_into_calls_gives_the_same_parameters(drop_rate):
     whole, losses = trained(K, drop_rate=drop_rate)
@@ -215,6 +216,7 @@ def test_gradients_are_added_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_half_precision_learns_as_float32_does():
     curves = []
     for dtype in ("float32", "bfloat16"):

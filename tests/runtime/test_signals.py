@@ -8,6 +8,8 @@ from helpers import ROOT
 
 from outside_in.runtime.signals import StopRequest, listening
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = "stopping soon", "left at once"
 PROGRAM = f"""
 import hashlib, os, signal, sys, threading, time

@@ -24,6 +24,8 @@ from outside_in.data.prepare.seen import SeenDocuments
 from outside_in.data.token_files import TokenWriter
 from outside_in.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, encode_to_array, gpt2_encoding
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = [
     "Every effort moves you",
     "Всякое усилие движет тебя",
