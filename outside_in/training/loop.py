@@ -61,7 +61,7 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
         while state.global_step < total and not stop and not is_stuck:
             if finding := monitor.before_step(batch, seed_key):
                 break
-            agreed = processes.start_all_max(stop.pending_signal())  # known when this step is
+            agreed = processes.start_all_max(stop.pending_signal())  # known when the step before has ended
             reports = [step(state.model, state.optimizer, part, seed_key) for part in batch]
             state.global_step += 1
             in_flight.append(StartedStep(state.global_step, reports, checksum))
@@ -110,8 +110,8 @@ def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compil
 
 def finish_step(state: TrainState, started: StartedStep, bar: tqdm) -> bool:
     """Wait for a step, record and show it; return whether too many updates in a row were rejected."""
-    loss = mean_loss_of_calls(started.reports)
     reports = jax.device_get(started.reports)
+    loss = mean_loss_of_calls(reports)
     state.records.append(record := make_record(state, started, reports[-1].update, loss))
     if record["rejected"]:
         path, step = state.run.rejected(started.global_step), started.global_step
