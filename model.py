@@ -116,7 +116,7 @@ class Block(nnx.Module):
     def _add(self, x_BTD: jax.Array, change_BTD: jax.Array, dropout: Dropout | None) -> jax.Array:
         chex.assert_equal_shape((x_BTD, change_BTD), custom_message="what a layer adds, against what it adds it to")
         change_BTD = change_BTD if dropout is None else dropout(change_BTD, self.drop_rate)
-        return x_BTD + change_BTD if self.shortcut else change_BTD.astype(x_BTD.dtype)
+        return (x_BTD + change_BTD if self.shortcut else change_BTD).astype(x_BTD.dtype)
 
 
 class GPTModel(nnx.Module):
@@ -129,7 +129,7 @@ class GPTModel(nnx.Module):
     adds to the residual stream; biases 0, norms 1. The first loss is then ln(vocab_size) + 0.0002 · emb_dim with an
     output norm (the logits' variance is emb_dim · 0.02², and half of that is lost) and ln(vocab_size) without one.
 
-    Parameters and the residual stream are float32; products are computed in `dtype`.
+    Parameters are float32. Products and the residual stream are in `dtype`, norms and losses in float32 or wider.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class GPTModel(nnx.Module):
         return chunked_losses(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
 
     def hidden_states(self, tokens_BT: jax.Array, dropout: Dropout | None = None, **cached: Any) -> jax.Array:
-        """Return what the head reads, (B, T, D), float32: the last of `stages`."""
+        """Return what the head reads, (B, T, D): the last of `stages`."""
         *_, (_, hidden_BTD) = self.stages(tokens_BT, dropout, **cached)
         return hidden_BTD
 
@@ -194,7 +194,7 @@ class GPTModel(nnx.Module):
         first_position: int | jax.Array = 0,
         attend: AttentionFn = causal_attention,
     ) -> Iterator[tuple[str, jax.Array]]:
-        """Yield the hidden states (B, T, D), float32, after each stage, with its name.
+        """Yield the hidden states (B, T, D) after each stage, with its name.
 
         Text generation, which caches the keys and values of earlier positions, says where these tokens stand, and with
         `attend` how they look back: a layer sees other positions through it alone, and calls it plainly, not inside a
@@ -205,6 +205,7 @@ class GPTModel(nnx.Module):
         positions_T = first_position + jnp.arange(length)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_T)[None]
+        x_BTD = x_BTD.astype(self.dtype)
         x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
         for number, block in enumerate(self.blocks):

@@ -189,13 +189,20 @@ def test_dropout_keeps_the_mean_of_the_hidden_states():
     assert np.mean(samples == 0) == pytest.approx(0.25, abs=0.01)
 
 
-def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_residuals():
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_norms():
     model = GPTModel(tiny_model_config(), nnx.Rngs(0), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-    assert nnx.eval_shape(lambda model: model.hidden_states(tokens_BT()), model).dtype == jnp.float32
+    dtypes = {name: hidden.dtype for name, hidden in model.stages(tokens_BT())}
+    assert dtypes == {"the embedding": jnp.bfloat16, "block 0": jnp.bfloat16, "the output norm": jnp.float32}
     half = logits(model, tokens_BT())
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(half), logits(tiny_model(), tokens_BT()), atol=0.01)
+
+
+def test_a_layer_that_returns_float32_leaves_the_residual_stream_in_bfloat16():
+    model = GPTModel(tiny_model_config(), nnx.Rngs(0), dtype=jnp.bfloat16)
+    model.blocks[0].feed_forward = lambda x: 0.1 * x.astype(jnp.float32)
+    assert dict(model.stages(tokens_BT()))["block 0"].dtype == jnp.bfloat16
 
 
 def test_a_sequence_longer_than_the_context_is_refused():
