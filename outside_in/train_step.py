@@ -20,7 +20,7 @@ from outside_in.config import TrainConfig
 from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.layers.dropout import Dropout
 from outside_in.optimizer import UpdateReport, update_report
-from outside_in.runtime.devices import give_back_freed_memory
+from outside_in.runtime.devices import compiler_options, give_back_freed_memory
 from outside_in.runtime.mesh import AXES, DATA, FSDP, array_shardings, array_spec, one_device
 from outside_in.weights import named_arrays
 
@@ -87,7 +87,7 @@ class Compiled:
     def __init__(self, name: str, function: Any, *arguments: Any) -> None:
         """Compile a jitted function for arguments like these, which may be abstract; see `nnx.jit`."""
         self._name = name
-        self._compiled = function.lower(*arguments).compile()
+        self._compiled = function.lower(*arguments).compile(compiler_options())
         give_back_freed_memory()
 
     def __call__(self, *arguments: Any) -> Any:
