@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**30}  # float32, of one chunk: large enough for fast products, else small
+LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**32}  # float32, of one chunk: large enough for fast products, else small
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states (B, T, D) to logits (B, T, V), each position on its own
 
@@ -81,7 +81,8 @@ def _chunks(
     assert rows, "a loss needs at least one target"
     vocab_size = jax.eval_shape(unembed, hidden_MD[None, :1]).shape[-1]
     chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, jax.default_backend())))
-    chunks = max(chunks, min(2, rows))  # also of few rows never all logits
+    if rows_per_chunk is None:
+        chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks
 
     def split(x: jax.Array, mode: str) -> jax.Array:

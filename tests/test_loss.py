@@ -138,11 +138,12 @@ def test_float64_stays_float64():
         np.testing.assert_allclose(grads[1], d_head, rtol=1e-10)
 
 
-def test_few_rows_are_cut_too():
+@pytest.mark.parametrize(("rows_per_chunk", "rows"), [(None, 3), (4, 3), (6, 6), (1000, 6)])
+def test_few_rows_are_cut_too_unless_a_chunk_may_have_them_all(rows_per_chunk, rows):
     hidden, head, targets = problem((1, 6))
-    loss = jax.jit(lambda hidden, head: chunked_cross_entropy(linear(head), hidden, targets))
+    loss = jax.jit(lambda hidden, head: chunked_cross_entropy(linear(head), hidden, targets, rows_per_chunk))
     text = loss.lower(hidden, head).as_text()
-    assert "3x101xf32>" in text and "6x101xf32>" not in text
+    assert {count for count in (3, 6) if f"<{count}x101xf32>" in text} == {rows}
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -219,7 +220,7 @@ def test_no_array_of_all_tokens_and_the_whole_vocabulary_is_ever_made(name):
 
 @pytest.mark.parametrize(
     ("vocab_size", "platform", "rows"),
-    [(50257, "cpu", 512), (101, "cpu", 2**18), (2**26, "cpu", 1), (50257, "gpu", 4096), (50257, "tpu", 4096)],
+    [(50257, "cpu", 512), (101, "cpu", 2**18), (2**26, "cpu", 1), (50257, "gpu", 16384), (50257, "tpu", 16384)],
 )
 def test_the_chunk_is_the_largest_power_of_two_whose_logits_fit(vocab_size, platform, rows):
     assert chunk_size(vocab_size, platform) == rows
