@@ -52,7 +52,9 @@ class Checkpoint:
         """What was saved beside the arrays. Raises ValueError when it is unreadable, or of another step."""
         meta = read_json(self.path / META_FILE)
         if meta.get("global_step", self.global_step) != self.global_step:
-            raise ValueError(f"{self.path / META_FILE}: expected global_step {self.global_step}, as the folder says")
+            raise ValueError(
+                f"{self.path / META_FILE}: expected global_step {self.global_step}, as in the folder's name"
+            )
         return meta
 
     @property
@@ -72,7 +74,7 @@ class Checkpoint:
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """List the committed checkpoints in a run's `checkpoints/`, oldest first."""
     if folder.is_symlink() and not folder.exists():
-        raise ValueError(f"{folder}: a link that leads nowhere; is its disk mounted?")
+        raise ValueError(f"{folder}: a broken link; is its disk mounted?")
     if not folder.is_dir():
         return []
     return sorted(
@@ -117,8 +119,8 @@ def select_checkpoint(folder: Path, which: str | None) -> Checkpoint | None:
 def _named(folder: Path, checkpoints: list[Checkpoint], which: str) -> Checkpoint:
     wanted = [c for c in checkpoints if which == "latest" or c.path.name == which or (which == "best" and c.is_best)]
     if not wanted:
-        names = ", ".join(c.path.name for c in checkpoints) or "none yet"
-        raise ValueError(f"{folder}: no checkpoint {which!r}; there are: {names}")
+        names = ", ".join(c.path.name for c in checkpoints) or "none"
+        raise ValueError(f"{folder}: no checkpoint {which!r}; available: {names}")
     verify(wanted[-1])
     return wanted[-1]
 
@@ -129,7 +131,7 @@ def _set_aside(checkpoint: Checkpoint, error: ValueError) -> None:
         aside = aside.with_name(f"{aside.name}-again")
     checkpoint.path.rename(aside)
     repair_links_and_prune(aside.parent)
-    log.warning(f"passing over a damaged checkpoint: {error}; kept as {aside.name}")
+    log.warning(f"skipping a damaged checkpoint: {error}; kept as {aside.name}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
         check_structure(nnx.state(optimizer), stored, path / OPTIMIZER_FOLDER)
     except ValueError as error:
         raise ValueError(
-            f"{error}: the optimizer has changed since, so this run cannot be resumed; to train on from its weights, "
+            f"{error}: the optimizer has changed since, so this run cannot be resumed; to keep its weights, "
             f'start a new run with "initial_weights": "{path / MODEL_FILE}" in its train.json'
         ) from None
     new_state = fill_like(nnx.state(optimizer), _load_optimizer(checkpoint), path / OPTIMIZER_FOLDER)

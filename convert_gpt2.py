@@ -1,4 +1,4 @@
-"""GPT-2's weights from Hugging Face, and ours back: `uv run convert_gpt2.py import|export SOURCE TARGET`."""
+"""Import GPT-2's weights from Hugging Face, or export a run: `uv run convert_gpt2.py import|export SOURCE TARGET`."""
 
 import argparse
 import os
@@ -9,12 +9,12 @@ from outside_in.runtime import cli
 
 def main(args: argparse.Namespace) -> int:
     if args.target.exists() or args.target.is_symlink():
-        raise ValueError(f"{args.target}: is there already; move it away or choose another name")
+        raise ValueError(f"{args.target}: already exists; move it away or choose another name")
     above = next(folder for folder in args.target.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"{args.target}: cannot be written, since {above} is no folder that we may write to")
+        raise ValueError(f"{args.target}: cannot be created: {above} is not a writable folder")
     if args.action == "import" and args.checkpoint:
-        raise ValueError("--checkpoint: goes with export; an import has but one set of weights")
+        raise ValueError("--checkpoint: only for export")
     from outside_in.huggingface.import_export import export_folder, import_run
 
     if args.action == "import":
@@ -32,9 +32,11 @@ def make_parser() -> cli.ArgumentParser:
         help="import: a folder with config.json and model.safetensors, or a model of the Hub, such as "
         "openai-community/gpt2; export: a run, a checkpoint, or a model.safetensors",
     )
-    parser.add_argument("target", type=Path, help="the folder to make: of a run (import), of a model (export)")
     parser.add_argument(
-        "--checkpoint", metavar="NAME", help="of a run to export: best (unless said), latest, or a name"
+        "target", type=Path, help="the folder to create: a run (import), or a model for transformers (export)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="the checkpoint to export: best (default), latest, or a name"
     )
     return parser
 

@@ -54,32 +54,36 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')}: expected a number of at least {least}, got {value}")
     if args.hellaswag and not args.dataset and (args.tokens or args.stride or args.start_token):
-        raise ValueError("--hellaswag: with --tokens, --stride or --start-token expected a --dataset too, got none")
+        raise ValueError("--hellaswag: expected a --dataset with --tokens, --stride or --start-token, got none")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json: expected a file in a folder that is there, got {args.json}")
+        raise ValueError(f"--json: expected a file in an existing folder, got {args.json}")
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Loss, perplexity and bits per byte of models on the same held-out tokens.")
+    parser = cli.ArgumentParser(
+        "Evaluate models on the same held-out tokens: loss, perplexity, bits per byte, HellaSwag."
+    )
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="a run (its best checkpoint), a checkpoint, or a file"
     )
-    parser.add_argument("--dataset", help="a folder, built-in name or Hub dataset (that of the first model's run)")
+    parser.add_argument("--dataset", help="a folder, built-in name or Hub dataset (the first model's)")
     parser.add_argument("--split", choices=("validation", "train"), default="validation")
-    parser.add_argument("--start-token", type=int, default=0, help="where in the file to begin (0)")
-    parser.add_argument("--tokens", type=int, help="how many to predict (all)")
+    parser.add_argument("--start-token", type=int, default=0, help="first token (0)")
+    parser.add_argument("--tokens", type=int, help="number of tokens to predict (all)")
     parser.add_argument(
-        "--stride", type=int, help="begin a window every so many tokens, and count only what the last has not seen"
+        "--stride",
+        type=int,
+        help="start a window every STRIDE tokens, and count each token once (windows do not overlap)",
     )
-    parser.add_argument("--batch", type=int, help="windows at a time (as many as have 8,192 tokens)")
+    parser.add_argument("--batch", type=int, help="windows at a time (8,192 tokens' worth)")
     parser.add_argument(
         "--hellaswag",
         nargs="?",
         const="Rowan/hellaswag",
         metavar="FILE",
-        help="also, or without --dataset only, answer HellaSwag's questions: a .jsonl, or those of the Hub",
+        help="answer HellaSwag's questions, from a .jsonl file or the Hub; only these unless --dataset is set",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 

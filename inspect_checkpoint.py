@@ -24,8 +24,8 @@ def main(args: argparse.Namespace) -> int:
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(
-        "Print a table of the parameters of a checkpoint: shape, norm, mean, std, zeros, NaN/Inf. "
-        "Of two checkpoints, the first one's, and how far the second one's are from them, relative to their norm."
+        "Print a table of a checkpoint's parameters: shape, norm, mean, std, zeros, NaN/Inf. "
+        "With a second checkpoint, also how far its parameters are from the first one's, relative to their norm."
     )
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="a run (its best checkpoint), a checkpoint, or a file"

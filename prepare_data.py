@@ -22,7 +22,7 @@ from outside_in.runtime.signals import StopRequest, listening
 def main(args: argparse.Namespace) -> int:
     if args.describe:
         if args.folder or args.text or args.hub:
-            raise ValueError("expected --describe FOLDER alone")
+            raise ValueError("--describe: expected without another folder, --text and --hub")
         with tqdm(unit="token", unit_scale=True, dynamic_ncols=True, leave=False, delay=1) as bar:
             _, lines = data_description.describe(args.describe, progress=lambda done: bar.update(done - bar.n))
         print(*lines, sep="\n")
@@ -45,13 +45,13 @@ def main(args: argparse.Namespace) -> int:
     try:
         with (
             closing(pipeline.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
-            listening(stop, "stopping; a second Ctrl-C leaves at once", "left at once; the same command resumes"),
+            listening(stop, "stopping; press Ctrl-C again to exit at once", "exited at once; the same command resumes"),
         ):
             return prepare(preparation, args.workers, stop)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RuntimeError(f"{args.folder}: no space left; free some, and the same command resumes") from error
+        raise RuntimeError(f"{args.folder}: no disk space left; free some, and the same command resumes") from error
 
 
 def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) -> int:
@@ -77,10 +77,10 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
     try:
         description = preparation.finish(searched)
     except InterruptedError:
-        log.info("stopped; the same command completes it")
+        log.info("stopped; the same command resumes")
         return stop.exit_code
     print(*data_description.lines(description), sep="\n")
-    log.info(f'{preparation.out} is ready: say "dataset": "{preparation.out}" in a run\'s train.json')
+    log.info(f'{preparation.out} is ready: set "dataset": "{preparation.out}" in a run\'s train.json')
     return cli.DONE
 
 
@@ -105,48 +105,48 @@ def seed(text: str) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Make token files of GPT-2's encoding out of text.")
-    parser.add_argument("folder", nargs="?", type=Path, help="the folder to make")
+    parser = cli.ArgumentParser(description="Turn text into token files, with GPT-2's tokenizer.")
+    parser.add_argument("folder", nargs="?", type=Path, help="the folder to create")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="files, or folders of them: .txt .md .jsonl .parquet, also .gz .zst",
+        help="files, or folders of files: .txt .md .jsonl .parquet, also .gz .zst",
     )
     source.add_argument("--hub", metavar="DATASET", help="stream a dataset of the Hugging Face Hub")
     source.add_argument("--describe", type=Path, metavar="FOLDER", help="count what is in token files, and stop")
-    parser.add_argument("--config", help="of --hub, such as sample-10BT")
-    parser.add_argument("--split", default="train", help="of --hub")
-    parser.add_argument("--field", default="text", help="of JSON lines, Parquet and --hub: what holds the text")
+    parser.add_argument("--config", help="Hub config name, such as sample-10BT")
+    parser.add_argument("--split", default="train", help="Hub split (train)")
+    parser.add_argument(
+        "--field", default="text", help="field or column that holds the text, unless it is plain text (text)"
+    )
     parser.add_argument(
         "--separator",
         type=lambda text: text.encode().decode("unicode_escape").encode("latin-1").decode(),
-        help=r"between the documents of plain text, such as '\n\n'; without it a file is a document",
+        help=r"what separates documents in plain text, such as '\n\n' (without it, a file is a document)",
     )
-    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="at bytes that are not UTF-8")
+    parser.add_argument(
+        "--errors", choices=("strict", "replace"), default="strict", help="what to do with invalid UTF-8 (strict)"
+    )
     parser.add_argument(
         "--validation",
         type=share,
         default=0.01,
         metavar="SHARE",
-        help="of the documents, such as 1%% (the default); 0: none",
+        help="share of the documents for validation (1%%); 0: none",
     )
     parser.add_argument("--limit-tokens", type=count, metavar="N", help="stop after the document that reaches N tokens")
     parser.add_argument("--shuffle", action="store_true", help="put the documents in a seeded order")
-    parser.add_argument("--deduplicate", action="store_true", help="drop documents that were there before")
-    parser.add_argument(
-        "--special-tokens", action="store_true", help="<|endoftext|> in the text is the token, not text"
-    )
-    parser.add_argument("--seed", type=seed, default=42, help="of what is for validation, and of --shuffle")
-    parser.add_argument(
-        "--workers", type=count, default=os.cpu_count(), help="threads that tokenize; all cores unless said"
-    )
+    parser.add_argument("--deduplicate", action="store_true", help="drop exact duplicates")
+    parser.add_argument("--special-tokens", action="store_true", help="read <|endoftext|> in the text as the token")
+    parser.add_argument("--seed", type=seed, default=42, help="seed for the validation split and --shuffle (42)")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="tokenizing threads (all cores)")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a folder of token files, and begin anew where the command cannot go on",
+        help="replace a folder of token files, and start over where the command cannot resume",
     )
     return parser
 

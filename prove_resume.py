@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="prove-resume-") as scratch:
         alone = write_twin(run, Path(scratch) / "alone", args.steps)
-        print(f"{args.steps} steps left alone, in {scratch}", flush=True)
+        print(f"training the undisturbed twin: {args.steps} steps, in {scratch}", flush=True)
         seconds = train_alone(alone)
         kills, rows = [], []
         plan = [PHASES[number % len(PHASES)] for number in range(args.kills)]
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
                 killed = write_twin(run, Path(tempfile.mkdtemp(dir=scratch)) / "killed", args.steps)
                 kills += train_and_kill(killed, plan[len(kills) :], args.steps, seconds, rng, bar)
                 if not kills:
-                    raise RuntimeError(f"{args.steps} steps end before they can be killed; use more with --steps")
+                    raise RuntimeError(f"a run of {args.steps} steps ends before it can be killed; use more --steps")
                 rows = compare(alone, killed)
     print(*kill_table(kills), "", *comparison_table(rows), "", sep="\n")
     different = [name for name, _, difference in rows if difference]
@@ -116,7 +116,7 @@ def train_to_the_end(run: RunDirectory) -> None:
 def last_line(run: RunDirectory) -> str:
     lines = run.path.with_suffix(".log").read_text(errors="replace").replace("\r", "\n").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["train.py said nothing"])[-1]
+    return (errors or lines or ["train.py printed nothing"])[-1]
 
 
 def train_alone(run: RunDirectory) -> dict[str, float]:
@@ -202,7 +202,7 @@ def compare(alone: RunDirectory, killed: RunDirectory) -> list[tuple[str, str, s
     ]
     return [
         ("parameters", f"{len(left.weights)} arrays", _array_difference(left.weights, right.weights)),
-        ("optimiser state", f"{len(left.optimizer)} arrays", _array_difference(left.optimizer, right.optimizer)),
+        ("optimizer state", f"{len(left.optimizer)} arrays", _array_difference(left.optimizer, right.optimizer)),
         ("metrics", f"{len(series[0])} steps", _difference(*series)),
         ("data consumed", f"{len(data[0])} checksums", _difference(*data)),
         ("samples", f"{len(samples[0])} lines", _difference(*samples)),
@@ -231,12 +231,12 @@ def kill_table(kills: list[Kill]) -> list[str]:
         of_phase = [kill for kill in kills if kill.phase == phase]
         torn, lost = sum(kill.tore_a_save for kill in of_phase), max((k.lost_steps for k in of_phase), default=0)
         rows.append([phase, str(len(of_phase)), str(torn), str(lost)])
-    return ["", *markdown.table(["killed while", "kills", "saves torn", "steps done again, at most"], rows)]
+    return ["", *markdown.table(["killed while", "kills", "saves interrupted", "steps repeated, at most"], rows)]
 
 
 def comparison_table(rows: list[tuple[str, str, str]]) -> list[str]:
     compared = [(name, amount, difference or "identical") for name, amount, difference in rows]
-    return markdown.table(["compared", "how much", "with the run left alone"], compared, left=3)
+    return markdown.table(["compared", "amount", "with the undisturbed run"], compared, left=3)
 
 
 def count(text: str) -> int:
@@ -249,13 +249,13 @@ def count(text: str) -> int:
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(
         description="Kill a short twin of a run at random moments, resume it each time, and compare it bit for bit "
-        "with one that was left alone. The run's own folder is not touched; the twins live in a temporary folder "
+        "with an undisturbed twin. The run's folder is not touched; the twins live in a temporary folder "
         "(set TMPDIR for another disk)."
     )
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--kills", type=count, default=10, help="how often (10 unless said)")
-    parser.add_argument("--steps", type=count, default=40, help="length of the twins in global steps (40 unless said)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--kills", type=count, default=10, help="number of kills (10)")
+    parser.add_argument("--steps", type=count, default=40, help="length of the twins in global steps (40)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (0)")
     return parser
 
 

@@ -30,7 +30,9 @@ def main(args: argparse.Namespace) -> int:
     if not token_ids:
         raise ValueError("--text: expected some text, got none")
     if max(token_ids) >= model.config.vocab_size:
-        raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+        raise ValueError(
+            f"{args.model}: only GPT-2's vocabulary is supported, got one of {model.config.vocab_size:,} ids"
+        )
     predicted = most_likely(model, token_ids)
     print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
     matches = sum(given == found for given, found in zip(token_ids, predicted, strict=True))
@@ -50,9 +52,9 @@ def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Does a model map a text to itself? Exit code 0 if it does, 1 if not.")
+    parser = cli.ArgumentParser("Check that a model maps a text to itself: exit code 0 if it does, 1 if not.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
-    parser.add_argument("--text", default=POEM, help="another text than the first verse of the Ancient Mariner")
+    parser.add_argument("--text", default=POEM, help="text to map (the first verse of The Rime of the Ancient Mariner)")
     return parser
 
 

@@ -23,15 +23,14 @@ def main(args: argparse.Namespace) -> int:
     model = load_saved_model(path)
     prompt_ids = tokenizer.encode(args.prompt)
     if not tokenizer.is_gpt2(model.config.vocab_size):
-        raise ValueError(f"{path}: its vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+        raise ValueError(f"{path}: only GPT-2's vocabulary is supported, got one of {model.config.vocab_size:,} ids")
     context_length = model.config.context_length
     if len(prompt_ids) >= context_length:
         raise ValueError(
-            f"--prompt: expected fewer tokens than the context of {context_length:,} has, got {len(prompt_ids):,}, "
-            "which leave no room; shorten it"
+            f"--prompt: expected fewer than {context_length:,} tokens, the context, got {len(prompt_ids):,}; shorten it"
         )
     if len(prompt_ids) + args.tokens > context_length + 1:  # the last one need not be read
-        notice = f"a text that outgrows the context of {context_length:,} tokens goes on from its last half of them"
+        notice = f"when the text fills the context of {context_length:,} tokens, only its second half is kept"
         print(f"notice: {notice}", file=sys.stderr)
     stop_id = None if args.ignore_end else tokenizer.END_OF_TEXT
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
@@ -69,20 +68,29 @@ def check(args: argparse.Namespace) -> None:
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p: expected a share above 0, at most 1, got {args.top_p}")
     if args.temperature == 0 and (args.samples > 1 or args.top_k or args.top_p):
-        raise ValueError("--samples, --top-k and --top-p need a --temperature above 0: greedy ones are all the same")
+        raise ValueError(
+            "--samples, --top-k and --top-p need a --temperature above 0: greedy completions are all the same"
+        )
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Complete a prompt; greedily, unless a temperature is given.")
+    parser = cli.ArgumentParser("Complete a prompt, greedily unless --temperature is set.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
-    parser.add_argument("--prompt", default="Every effort moves you")
-    parser.add_argument("--tokens", type=int, default=20, help="how many to add (20)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says")
-    parser.add_argument("--top-k", type=int, help="sample from the likeliest so many tokens only")
-    parser.add_argument("--top-p", type=float, help="and from the likeliest tokens that together have this share")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--samples", type=int, default=1, help="how many completions (1)")
-    parser.add_argument("--ignore-end", action="store_true", help="go on after <|endoftext|>, where completions stop")
+    parser.add_argument("--prompt", default="Every effort moves you", help="(Every effort moves you)")
+    parser.add_argument("--tokens", type=int, default=20, help="number of tokens to add (20)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: always the likeliest token (default); 1: the model's own distribution",
+    )
+    parser.add_argument("--top-k", type=int, help="sample only from the TOP_K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample only from the likeliest tokens whose probabilities add up to TOP_P"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument("--samples", type=int, default=1, help="number of completions (1)")
+    parser.add_argument("--ignore-end", action="store_true", help="continue after <|endoftext|>")
     return parser
 
 

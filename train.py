@@ -1,6 +1,6 @@
 """Train a run, or resume it: `uv run train.py runs/NAME`.
 
-JAX takes seconds to import: what needs it is imported where it is needed, so that usage errors are told at once.
+JAX takes seconds to import: what needs it is imported where it is needed, so that usage errors show at once.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from outside_in.storage.run_directory import RunDirectory, find_runs
 
 RUNS = Path("runs")
 MODES = {  # instead of training: the function that does it, and its help
-    "check": ("preflight.check", "print what the run will be and need"),
-    "overfit-one-batch": ("overfit.overfit_one_batch", "see whether a fresh model can learn the first batch by heart"),
+    "check": ("preflight.check", "print parameters, steps, memory and disk"),
+    "overfit-one-batch": ("overfit.overfit_one_batch", "check that a fresh model can learn the first batch by heart"),
     "find-microbatch": ("memory.find_microbatch", "find the largest microbatch_size that fits, by compiling"),
 }
 
@@ -47,14 +47,17 @@ def main(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     if args.mode and (args.from_checkpoint or args.hash_parameters or args.debug_checks or args.accept_changes):
-        raise ValueError("expected one of --check, --overfit-one-batch, --find-microbatch alone: it trains nothing")
-    if args.run is None and args.hash_parameters:  # which would take the run's folder for its pattern
+        raise ValueError(
+            f"--{args.mode}: expected without --from, --accept-changes, --hash-parameters and --debug-checks, "
+            "since it trains nothing"
+        )
+    if args.run is None and args.hash_parameters:  # which has taken the run's folder for its pattern
         raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
     if args.distributed and (args.mode or args.debug_checks):
-        raise ValueError("--distributed: expected neither --check, --debug-checks nor the like: one process does those")
+        raise ValueError(f"--{args.mode or 'debug-checks'}: runs in one process; leave out --distributed")
     manual = (args.coordinator, args.processes, args.process)
     if not args.distributed and manual != (None, None, None):
-        raise ValueError("--coordinator, --processes and --process: go with --distributed")
+        raise ValueError("--coordinator, --processes and --process: expected together with --distributed")
     if None in manual and manual != (None, None, None):
         raise ValueError("--distributed: expected all of --coordinator, --processes and --process, or none of them")
     if args.coordinator is None:
@@ -167,13 +170,13 @@ def make_parser() -> cli.ArgumentParser:
         nargs="?",
         const="*",
         metavar="PATTERN",
-        help="print a hash of every parameter, or of those like 'blocks.0.*', after every step; marks unchanged ones",
+        help="after every step, print a hash of every parameter (or of those like 'blocks.0.*')",
     )
     add(
         "--debug-checks",
         action="store_true",
-        help="stop at the first parameter, hidden state, logit, loss or gradient that is not finite, and say where; "
-        "every step then takes more than twice as long",
+        help="stop at the first parameter, hidden state, logit, loss or gradient that is not finite, and print where; "
+        "steps take two to three times as long",
     )
     add("--no-compilation-cache", action="store_true", help="disable the compilation cache")
     modes = parser.add_mutually_exclusive_group()
@@ -185,11 +188,11 @@ def make_parser() -> cli.ArgumentParser:
     add(
         "--distributed",
         action="store_true",
-        help="one of several processes that train the run together: found under SLURM, Open MPI, Kubernetes, torchrun",
+        help="train together with other processes, detected under SLURM, Open MPI, Kubernetes and torchrun",
     )
     add("--coordinator", metavar="HOST:PORT", help="address of process 0 (manual setup)")
-    add("--processes", type=int, metavar="N", help="how many there are (manual setup)")
-    add("--process", type=int, metavar="I", help="which one this is, from 0 (manual setup)")
+    add("--processes", type=int, metavar="N", help="number of processes (manual setup)")
+    add("--process", type=int, metavar="I", help="index of this process, from 0 (manual setup)")
     return parser
 
 

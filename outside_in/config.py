@@ -112,7 +112,7 @@ class MeshConfig(Config):
 
 
 class TrainConfig(Config):
-    """`train.json`: data, batch geometry, optimiser and housekeeping of one run."""
+    """`train.json`: data, batch geometry, optimizer and housekeeping of one run."""
 
     dataset: str = key("fatal", min_length=1)
     microbatch_size: int = key("fatal", ge=1)  # sequences on each device
@@ -126,7 +126,7 @@ class TrainConfig(Config):
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
     epochs: int = key("fatal", 1, ge=1)
-    shuffle: bool = key("fatal", True)  # the first epoch too: neighbours in a file are alike, a poor batch
+    shuffle: bool = key("fatal", True)  # the first epoch too: neighbors in a file are alike, a poor batch
     start_train_token: int = key("fatal", 0, ge=0)
     start_val_token: int = key("announced", 0, ge=0)
     val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
@@ -176,14 +176,12 @@ def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) ->
     """
     size = train.microbatch_size * devices
     if sequences % size:
-        divisors = [number for number in range(1, sequences + 1) if sequences % number == 0]
-        sizes = ", ".join(str(number // devices) for number in divisors if number % devices == 0)
-        counts = ", ".join(
-            str(number // train.microbatch_size) for number in divisors if number % train.microbatch_size == 0
-        )
+        divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
+        sizes = " or ".join(str(d // devices) for d in divisors if d % devices == 0)
+        counts = " or ".join(str(d // train.microbatch_size) for d in divisors if d % train.microbatch_size == 0)
         raise ValueError(
             f"a global step of this run has {sequences} sequences, which microbatches of {train.microbatch_size} on "
-            f"{counted(devices, 'device')} do not divide; use a number of devices (mesh) of {counts or 'no kind'}"
+            f"{counted(devices, 'device')} do not divide; use {counts} devices (mesh)"
             + (f", or start a new run with microbatch_size {sizes}" if sizes else "")
         )
     steps = sequences // size
@@ -213,7 +211,7 @@ def load_config(path: Path, config_class: type[C]) -> C:
 
     Raises ValueError with one line that names the file, the key, what was expected and what was found.
     """
-    text = read_text(path, "a config of a few lines", "; write one (runs/quickstart has both)")
+    text = read_text(path, "a config of a few lines", "; write one, or copy that of runs/quickstart")
     return parse_config(text, config_class, str(path))
 
 

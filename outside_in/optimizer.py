@@ -1,4 +1,4 @@
-"""The optimiser: its schedule, its gradient transformation, and the only readers of its state.
+"""The optimizer: its schedule, its gradient transformation, and the only readers of its state.
 
 Reading inwards, one global step passes through
 
@@ -44,7 +44,7 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
 
 
 def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> nnx.Optimizer:
-    """Build the optimiser of a run over all of the model's parameters."""
+    """Build the optimizer of a run over all of the model's parameters."""
 
     def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
         clip = optax.clip_by_global_norm(_max_norm(config))

@@ -63,7 +63,7 @@ def commit(folder, step, states):
 
 
 def prepare(template):
-    """Commit steps 1 and 2; return what a model and its optimiser hold at each of the four steps."""
+    """Commit steps 1 and 2; return what a model and its optimizer hold at each of the four steps."""
     states = {}
     for step in range(1, 5):
         model, optimizer = build(step)

@@ -78,7 +78,7 @@ def test_windows_are_as_many_as_reach_the_end(targets, length, stride, windows):
 
 
 def test_the_standard_error_is_that_of_the_means_of_blocks():
-    values = np.random.default_rng(0).normal(size=(50, 40)).cumsum(axis=1).ravel()  # neighbours are alike
+    values = np.random.default_rng(0).normal(size=(50, 40)).cumsum(axis=1).ravel()  # neighbors are alike
     means = values.reshape(50, 40).mean(axis=1)
     assert standard_error(np.append(values, 1e9), 40) == pytest.approx(means.std(ddof=1) / math.sqrt(50))
     assert standard_error(values[:79], 40) is None
@@ -263,7 +263,7 @@ def test_the_program_answers_hellaswag(call_program, tmp_path):
 def test_options_that_hellaswag_would_not_heed_are_refused(call_program, tmp_path):
     weights = save_model(tmp_path, lambda embedding: embedding)
     told = complaint(call_program("evaluate", weights, "--hellaswag", "x.jsonl", "--tokens", 10))
-    assert "expected a --dataset too" in told
+    assert "expected a --dataset" in told
 
 
 def test_a_model_whose_losses_are_not_finite_is_not_judged(call_program, tmp_path, judged):
@@ -271,7 +271,7 @@ def test_a_model_whose_losses_are_not_finite_is_not_judged(call_program, tmp_pat
     broken.head.embedding[...] = broken.head.embedding[...].at[3].set(3e38)
     broken.token_embedding.embedding[...] = broken.token_embedding.embedding[...] * 2
     told = complaint(call_program("evaluate", save(tmp_path / "one", broken), "--dataset", judged), code=1)
-    assert "losses are not finite, so it cannot be judged" in told
+    assert "losses are not finite, so it cannot be evaluated" in told
     weights = save_model(tmp_path, lambda embedding: np.sign(embedding) * np.float32(3.4e38))
     path = tmp_path / "val.jsonl"
     path.write_text(lines(ROW))

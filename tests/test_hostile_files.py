@@ -81,7 +81,7 @@ def bits(*modules):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model and its optimiser, which no hostile file may change."""
+    """A model and its optimizer, which no hostile file may change."""
     model = create_model(ModelConfig(**SHAPE), seed=3)
     return model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
 

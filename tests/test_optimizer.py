@@ -15,7 +15,7 @@ TOTAL_STEPS = 20
 
 
 class Line(nnx.Module):
-    """Two parameters are enough to see what an optimiser does."""
+    """Two parameters are enough to see what an optimizer does."""
 
     def __init__(self):
         self.slope = nnx.Param(jnp.array([1.0, -2.0]))

@@ -33,7 +33,7 @@ def test_a_run_is_identical_after_twelve_kills_and_its_folder_is_untouched(prove
     }
     assert sum(kills.values()) == 12 and min(kills.values()) >= 2
     compared = re.findall(r"^\| ([a-z ]+) \| .* \| identical \|$", finished.stdout, re.M)
-    assert compared == ["parameters", "optimiser state", "metrics", "data consumed", "samples", "checkpoints kept"]
+    assert compared == ["parameters", "optimizer state", "metrics", "data consumed", "samples", "checkpoints kept"]
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -66,7 +66,7 @@ def change_weights(run, optimizer=False):
 
 CHANGES = {
     "parameters": lambda run: change_weights(run),
-    "optimiser state": lambda run: change_weights(run, optimizer=True),
+    "optimizer state": lambda run: change_weights(run, optimizer=True),
     "metrics": lambda run: run.metrics.write_text(run.metrics.read_text().replace("0.5", "0.5000001", 1)),
     "data consumed": lambda run: run.metrics.write_text(
         run.metrics.read_text().replace('"data_crc32": 1', '"data_crc32": 7')

@@ -80,9 +80,7 @@ def test_a_prompt_that_leaves_no_room_is_one_line_and_exit_code_2(call_program, 
 def test_a_text_that_outgrows_the_context_says_so_and_goes_on(call_program, repeating):
     finished = call_program("test_generation", repeating, "--tokens", 30)
     assert finished.returncode == 0
-    assert (
-        finished.stderr == "notice: a text that outgrows the context of 16 tokens goes on from its last half of them\n"
-    )
+    assert finished.stderr == "notice: when the text fills the context of 16 tokens, only its second half is kept\n"
     assert finished.stdout == "Every effort moves you" + 30 * " you" + "\n"
 
 

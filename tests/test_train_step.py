@@ -174,7 +174,7 @@ def test_dropout_differs_between_steps_and_microbatches_and_repeats_with_them():
     assert len({loss_at(0, 0), loss_at(0, 1), loss_at(1, 0), loss_at(1, 1)}) == 4
 
 
-def test_the_models_and_the_optimisers_old_buffers_are_given_to_the_new_ones():
+def test_the_models_and_the_optimizers_old_buffers_are_given_to_the_new_ones():
     model, config = tiny_model(), tiny_train_config()
     optimizer = make_optimizer(model, config, total_steps=20)
     old = [leaf for leaf in jax.tree.leaves((nnx.state(model), nnx.state(optimizer))) if leaf.size > 1]

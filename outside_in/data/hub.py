@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -73,8 +74,7 @@ def download_dataset(dataset: str, folder: Path) -> None:
                 _fetch(dataset, load_config(folder / HUB_FILE, HubNote), folder / name)
     except (OSError, HTTPError, ValueError) as error:
         raise ValueError(
-            f"dataset: no folder {dataset!r} here, and the Hub dataset of that name could not be fetched: "
-            f"{error_message(error)}"
+            f"dataset: no folder {dataset!r}, and it could not be fetched from the Hub: {error_message(error)}"
         ) from None
 
 
@@ -91,7 +91,7 @@ def _look_up(dataset: str) -> HubNote:
             continue
         revision = revision or metadata.commit_hash
         if revision is None or metadata.etag is None or metadata.size is None:
-            raise ValueError("the answer names no commit, ETag or size, so it is not the Hub's; check HF_ENDPOINT")
+            raise ValueError("the answer lacks a commit, ETag or size, so it is not from the Hub; check HF_ENDPOINT")
         files[name] = HubFile(size=metadata.size, etag=metadata.etag)
     return HubNote(revision=str(revision), files=files)
 
@@ -100,7 +100,7 @@ def _begin(folder: Path, note: HubNote) -> None:
     """Write down which revision a folder is to hold, before anything of it is fetched."""
     for path in (folder / name for name in note.files):
         if path.exists():
-            raise ValueError(f"{path} is there already, of an unknown revision; move it away")
+            raise ValueError(f"{path} already exists, at an unknown revision; move it away")
     atomic.write_text(folder / HUB_FILE, note.model_dump_json(indent=2))
 
 
@@ -126,7 +126,7 @@ def _fetch(dataset: str, note: HubNote, path: Path) -> None:
             )
     except RevisionNotFoundError:
         raise ValueError(
-            f"404, it no longer has revision {note.revision}, at which this download began; "
+            f"404, revision {note.revision}, at which this download began, is gone; "
             f"remove {path.parent} to fetch the newest"
         ) from None
     except OSError as error:
@@ -148,7 +148,7 @@ def _verify(path: Path, expected: HubFile) -> None:
     else:
         return
     path.unlink()
-    raise ValueError(f"{path.name}: expected {complaint}; it is removed, try again")
+    raise ValueError(f"{path.name}: expected {complaint}; the file is removed, try again")
 
 
 def _checksum(path: Path, etag: str) -> str:
@@ -171,9 +171,11 @@ def error_message(error: Exception, kind: str = "dataset") -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         if "authorization" in build_hf_headers():
-            return f"{status}, the token (HF_TOKEN) may not read it; ask for access on its page or use another token"
-        return f"{status}, it is private or gated, or does not exist; set HF_TOKEN to a token that may read it"
+            return f"{status}, the token (HF_TOKEN) has no access; request it on its page or use another token"
+        return f"{status}, it is private or gated, or does not exist; set HF_TOKEN to a token with access"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{status}, the Hub shows no {kind} of that name; check the name, or HF_TOKEN if it is private"
-    told = " ".join(str(error).split()) or type(error).__name__
-    return told if isinstance(error, ValueError) else f"{told[:300]}; try again, and it goes on where it stopped"
+        return f"{status}, the Hub has no {kind} of that name; check the name, or HF_TOKEN if it is private"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if isinstance(error, ValueError) else f"{message[:300]}; try again, and the download resumes"

@@ -120,7 +120,7 @@ class TokenWriter:
         """Open a new file, or one that a writer has left behind, of which `num_tokens` are kept."""
         self.path, self.num_tokens = path, num_tokens
         if num_tokens and (not path.exists() or path.stat().st_size < HEADER_BYTES + 2 * num_tokens):
-            raise ValueError(f"{path}: expected {num_tokens:,} tokens, got fewer; start anew with --overwrite")
+            raise ValueError(f"{path}: expected {num_tokens:,} tokens, got fewer; start over with --overwrite")
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(HEADER_BYTES + 2 * num_tokens)
         self._file.seek(0, os.SEEK_END)

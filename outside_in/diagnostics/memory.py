@@ -53,17 +53,17 @@ def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
     return [*tried, as_json(found)]
 
 
-def advice(model_config: ModelConfig, config: TrainConfig, complaint: str = "") -> str:
+def advice(model_config: ModelConfig, config: TrainConfig, message: str = "") -> str:
     """Say that a run does not fit, and the largest `microbatch_size` that does at the same tokens per global step.
 
-    `complaint` is what XLA said, if it was XLA that found out.
+    `message` is XLA's, if XLA ran out of memory.
     """
     found, needs = largest_microbatch(model_config, config, config.microbatch_size)
     line = f"out of memory: a step needs {gib(needs[config.microbatch_size])}, the device has {gib(bytes_available())}"
     if found is None:
         return f"{line}; not even microbatch_size 1 fits, which needs {gib(needs[1])}: use a smaller model"
     if found == config:
-        return f"{line}, so does another program use it? XLA said: {' '.join(complaint.split())[:200]}"
+        return f"{line}, which fits; is another program using it? XLA's message: {' '.join(message.split())[:200]}"
     return f"{line}; the largest that fits, at the same tokens per step, is {as_json(found)}"
 
 

@@ -61,8 +61,8 @@ def verdict(losses: Sequence[float]) -> str:
     """Say that the model got there; raises RuntimeError, with what to look at, when it did not."""
     reached = f"loss {losses[-1]:.4f} on the first batch after {len(losses) - 1:,} updates"
     if losses[-1] < TARGET:
-        return f"got there: {reached}; the model can learn"
+        return f"passed: {reached}; the model can learn"
     raise RuntimeError(
-        f"did not get there: {reached}, expected below {TARGET}; look at the targets, the learning rate, the gradients "
-        "(a model without attention, or whose context repeats, cannot tell all of its targets apart)"
+        f"failed: {reached}, expected below {TARGET}; check the targets, the learning rate and the gradients "
+        "(without attention, or with a context that repeats, a model cannot learn all of its targets)"
     )

@@ -59,7 +59,7 @@ def describe(
         *describe_mesh({BLOCK.sub("blocks.*.", name): shape for name, shape in shapes.items()}, mesh),
     ]
     if steps is None:
-        lines.append(f"run     all tokens of {train.dataset}, which is not here yet, {counted(train.epochs, 'epoch')}")
+        lines.append(f"run     all tokens of {train.dataset}, not downloaded yet, {counted(train.epochs, 'epoch')}")
     else:
         tokens = steps * train.epochs * tokens_per_step
         lines.append(
@@ -68,11 +68,11 @@ def describe(
         )
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
-    lines.append(f"decay   {train.weight_decay:g} of {decaying:,} of {parameters:,} parameters")
+    lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")
     if train.initial_weights is not None:
         lines.append(f"origin  the weights in {train.initial_weights}")
     if leaked_share is not None:
-        lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, by data.json")
+        lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, according to data.json")
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
     lines.append(_memory(model, train, parameters, mesh.shape[FSDP]))
     lines.append(_disk(run, train, parameters))
@@ -104,4 +104,4 @@ def _disk(run: RunDirectory, train: TrainConfig, parameters: int) -> str:
         return f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, all are kept; {free / GIB:.1f} GiB free"
     needed = checkpoint * (train.keep_checkpoints + 2)  # the best one, and the one being written
     line = f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, at most {needed / GIB:.2f} GiB; {free / GIB:.1f} GiB free"
-    return line if needed < free else f"{line}: WARNING: that is not enough"
+    return line if needed < free else f"{line}: WARNING: not enough"

@@ -36,9 +36,9 @@ def record_rejection(
     try:
         atomic.write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:  # a full disk must not end the training
-        log.warning(f"step {global_step:,}: its update was rejected, and what is known cannot be written ({error})")
+        log.warning(f"step {global_step:,}: the update was rejected, and its record cannot be written ({error})")
     else:
-        log.warning(f"step {global_step:,}: its update was rejected, {record['reason']}; {path} says where")
+        log.warning(f"step {global_step:,}: the update was rejected: {record['reason']}; see {path}")
 
 
 @jax.jit

@@ -80,7 +80,7 @@ def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
         if theirs.get(option, values[0]) not in values
     ]
     if complaints:
-        raise ValueError(f"{source}: not a model that we compute: {'; '.join(complaints)[:1000]}")
+        raise ValueError(f"{source}: unsupported options: {'; '.join(complaints)[:1000]}")
     return config
 
 
@@ -121,7 +121,7 @@ def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) 
     for name, array in theirs.items():
         key = name.removeprefix(PREFIX)
         if key in short:
-            complaints.append(f"{key} comes twice, with and without {PREFIX!r}")
+            complaints.append(f"{key} appears twice, with and without {PREFIX!r}")
         if not MASK.fullmatch(key):
             short[key] = array
     head = short.pop(HEAD, None) if config.tied_head else None  # then it is the token embedding once more
@@ -139,7 +139,7 @@ def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) 
         raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MAX_SHOWN])}{more}")
     arrays = {ours: _single(short[name], f"{source}: {name}") for name, (ours, _) in expected.items()}
     if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
-        raise ValueError(f"{source}: {HEAD} is not wte.weight, but config.json says that they are tied")
+        raise ValueError(f"{source}: {HEAD} differs from wte.weight, but config.json ties them")
     return arrays
 
 
@@ -158,7 +158,7 @@ def export_weights(ours: Mapping[str, np.ndarray], config: ModelConfig) -> dict[
     Raises ValueError that names an array that GPT-2 does not have.
     """
     if unknown := sorted(ours.keys() - {name for name, _ in _names(config).values()}):
-        raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported as one")
+        raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported")
     lacking = tuple(bias for switch, bias in BIASES.items() if not getattr(config, switch))
     return {
         theirs if theirs == HEAD else PREFIX + theirs: np.zeros(shape, np.float32)

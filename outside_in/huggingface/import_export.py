@@ -21,6 +21,7 @@ from outside_in.storage import manifest
 from outside_in.storage.atomic import atomic_directory
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.strict_json import read_json
+from outside_in.storage.text import counted
 from outside_in.weights import host_arrays, load_weights, read_metadata, save_weights
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -56,10 +57,12 @@ def import_run(source: str, target: Path) -> int:
         write_json(RunDirectory(staging).model_config, config.model_dump())
         write_json(RunDirectory(staging).train_config, FINE_TUNING | {"initial_weights": named})
     parameters = sum(array.size for array in arrays.values())
-    print(f"{target}: {parameters:,} parameters of {source}, {config.n_layers} layers, width {config.emb_dim}")
+    print(
+        f"{target}: {parameters:,} parameters of {source}, {counted(config.n_layers, 'layer')}, width {config.emb_dim}"
+    )
     print(f"uv run test_generation.py {target}")
     print(f"uv run evaluate.py {target}")
-    print(f"uv run train.py {target}    # fine-tunes it; say on what in {RunDirectory(target).train_config}")
+    print(f"uv run train.py {target}    # fine-tunes it on the dataset in {RunDirectory(target).train_config}")
     return cli.DONE
 
 
@@ -67,7 +70,7 @@ def find_folder(source: str) -> Path:
     """Return the local folder of a GPT-2, fetched from the Hub when there is none of that name."""
     if (folder := Path(source)).is_dir():
         if RunDirectory(folder).train_config.is_file():
-            raise ValueError(f"{source}: is a run of ours; an import takes a folder of Hugging Face's")
+            raise ValueError(f"{source}: is a run already; import takes a folder in Hugging Face's format")
         return folder
     if folder.exists() or not (HUB_ID.fullmatch(source) or source.isidentifier() or source.startswith("gpt2-")):
         raise ValueError(f"{source}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of the Hub")
@@ -75,7 +78,7 @@ def find_folder(source: str) -> Path:
         return download_model(source)
     except (OSError, HTTPError, ValueError) as error:
         why = error_message(error, "model")
-        raise ValueError(f"{source}: no such folder here, and it could not be fetched from the Hub: {why}") from None
+        raise ValueError(f"{source}: no such folder, and it could not be fetched from the Hub: {why}") from None
 
 
 def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -86,7 +89,7 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         files = shards(folder / INDEX)
     else:
         others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".h5")))
-        hint = f"; {others} is another format: load it in transformers and save_pretrained" if others else ""
+        hint = f"; {others} is another format; load it in transformers and use save_pretrained" if others else ""
         raise ValueError(f"{folder}: expected {WEIGHTS}, or several and {INDEX}, found neither{hint}")
     arrays: dict[str, Any] = {}
     for file in sorted(files):
@@ -118,15 +121,13 @@ def check_vocabulary(folder: Path) -> None:
         if name == TOKENIZER:
             theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
         if theirs != ours:
-            raise ValueError(
-                f"{folder / name}: not GPT-2's vocabulary, the only one that we have; text would become other tokens"
-            )
+            raise ValueError(f"{folder / name}: not GPT-2's vocabulary, the only one that is supported")
         return
-    print(f"notice: {folder} has no vocabulary, so it is not known to be GPT-2's", file=sys.stderr)
+    print(f"notice: {folder} has no vocabulary file; GPT-2's is assumed", file=sys.stderr)
 
 
 def export_folder(source: Path, target: Path, which: str | None) -> int:
-    """Write a folder that `transformers` loads: weights, configs, tokeniser, and a model card."""
+    """Write a folder that `transformers` loads: weights, configs, tokenizer, and a model card."""
     path = find_checkpoint(source, which)
     model = load_saved_model(path)
     config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
@@ -155,12 +156,12 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
     folder = RunDirectory(source).checkpoints
     if not (folder / which / WEIGHTS).is_file():
         names = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))) or "none"
-        raise ValueError(f"{source}: no checkpoint {which!r}; there are: {names}")
+        raise ValueError(f"{source}: no checkpoint {which!r}; available: {names}")
     return folder / which / WEIGHTS
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """Write GPT-2's vocabulary, and what generation and tokenising in `transformers` want to know."""
+    """Write GPT-2's vocabulary, and what generation and tokenizing in `transformers` want to know."""
     for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
         shutil.copyfile(file, folder / name)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
@@ -196,7 +197,8 @@ def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int
     rows = [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {target.name}", ""]
     lines += [
-        f"A GPT-2 of {parameters:,} parameters, {origin}: {config.n_layers} layers, {config.n_heads} heads, width "
+        f"A GPT-2 of {parameters:,} parameters, {origin}: {counted(config.n_layers, 'layer')}, "
+        f"{counted(config.n_heads, 'head')}, width "
         f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
         f"{'tied' if config.tied_head else 'untied'} head.",
         "",

@@ -22,7 +22,7 @@ from outside_in.runtime.log import log
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.weights import read_model_json
 
-BLOCK = 1024  # tokens that count as one measurement, since neighbours are alike
+BLOCK = 1024  # tokens that count as one measurement, since neighbors are alike
 TOKENS_PER_BATCH = 8192
 MAX_EXPONENT = 700  # e to a larger power is beyond float64
 
@@ -70,9 +70,11 @@ def dataset_of(path: Path) -> str:
         if (file := RunDirectory(folder).train_config).is_file():
             config = load_config(file, TrainConfig)
             if config.objective != "next-token":
-                raise ValueError(f"{file}: trained {config.objective}, not to predict; name other tokens by --dataset")
+                raise ValueError(
+                    f"{file}: trained {config.objective}, not to predict the next token; choose tokens with --dataset"
+                )
             return config.dataset
-    raise ValueError(f"{path}: is in no run, whose dataset would be taken; name one by --dataset")
+    raise ValueError(f"{path}: is not in a run, so its dataset is unknown; choose one with --dataset")
 
 
 def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> np.ndarray:
@@ -113,15 +115,17 @@ def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dic
 def check_finite(path: Path, losses: np.ndarray) -> None:
     """Raise RuntimeError when a model cannot be judged."""
     if bad := int((~np.isfinite(losses)).sum()):
-        raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be judged")
+        raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be evaluated")
 
 
 def hellaswag(path: Path, model: GPTModel, questions: list[Question]) -> dict[str, float | int | None]:
     """Return how many questions a model answers as it should."""
     if not tokenizer.is_gpt2(model.config.vocab_size):
-        raise ValueError(f"--hellaswag: {path}: a vocabulary of {model.config.vocab_size:,} ids is not GPT-2's")
+        raise ValueError(
+            f"--hellaswag: {path}: expected GPT-2's vocabulary, got one of {model.config.vocab_size:,} ids"
+        )
     if longer := count_longer(questions, model.config.context_length):
-        print(f"notice: {path}: {longer:,} of {len(questions):,} questions are longer than its context, and cut")
+        print(f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated")
     right = np.zeros(2, int)
     with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
         for number, per_token, whole in answer(model, questions):

@@ -88,15 +88,17 @@ def _hub_rows() -> Generator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{HUB_DATASET}: needs the package datasets; use uv run --group prepare, or a file") from None
+        raise ValueError(
+            f"{HUB_DATASET}: needs the package datasets; use uv run --group prepare, or a .jsonl file"
+        ) from None
     datasets.disable_progress_bars()
-    for name in ("datasets", "huggingface_hub"):  # they tell of every attempt
+    for name in ("datasets", "huggingface_hub"):  # they log every attempt
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         rows = datasets.load_dataset(HUB_DATASET, split=SPLIT)
     except Exception as error:  # of a dozen kinds
-        told = " ".join(str(error).split())[:300]
-        raise ValueError(f"{HUB_DATASET}: could not be fetched from the Hub ({told}); name a .jsonl file") from None
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"{HUB_DATASET}: could not be fetched from the Hub ({message}); use a .jsonl file") from None
     for number, row in enumerate(rows, start=1):
         yield f"{HUB_DATASET}: row {number:,}", row
 

@@ -22,7 +22,7 @@ def load_saved_model(path: Path) -> GPTModel:
     num_arrays = len(arrays)
     if any(name.startswith("transformer.") for name in arrays):
         raise ValueError(
-            f"{path}: is for transformers; make a run of it: uv run convert_gpt2.py import {path.parent} RUN"
+            f"{path}: is in transformers' format; import it: uv run convert_gpt2.py import {path.parent} RUN"
         )
     if config.n_layers > max(num_arrays, MAX_SHARED_LAYERS):
         raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")

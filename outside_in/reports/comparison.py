@@ -115,7 +115,7 @@ def table(runs: list[RunResult]) -> list[str]:
     if marked:
         lines += [
             "",
-            "\\* other data, objective or vocabulary than most here: its losses cannot be compared with theirs",
+            "\\* other data, objective or vocabulary than most runs here: losses are not comparable",
         ]
     return lines
 

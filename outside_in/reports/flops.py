@@ -1,6 +1,6 @@
 """How many floating-point operations training takes, and what share of a device's peak that is (MFU).
 
-MFU is the model FLOPs utilisation of "PaLM", appendix B, https://arxiv.org/abs/2204.02311: operations that the model's
+MFU is the model FLOPs utilization of "PaLM", appendix B, https://arxiv.org/abs/2204.02311: operations that the model's
 definition asks for, whatever is computed twice or skipped, divided by what the device could do at its best.
 """
 
@@ -61,7 +61,7 @@ def describe_peak(device_kind: str, precision: str) -> str:
     """Say what MFU is measured against, and where that is from."""
     peak = find_peak(device_kind)
     if peak is None:
-        return f"peak    not known for this device ({device_kind}): its speed is told without MFU"
+        return f"peak    unknown for this device ({device_kind}), so no MFU is shown"
     return f"peak    {getattr(peak, precision):g} TFLOP/s in {precision}, by {peak.source}"
 
 

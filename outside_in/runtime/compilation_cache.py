@@ -32,7 +32,7 @@ def enable_compilation_cache() -> None:
         folder = private_folder()
         drop_undated_entries(folder)
     except (OSError, RuntimeError) as error:  # there may be no home
-        warnings.warn(f"compiled programs are not kept: {error}", stacklevel=2)
+        warnings.warn(f"the compilation cache is off: {error}", stacklevel=2)
         return
     for option, value in OPTIONS.items():
         if option.upper() not in os.environ:
@@ -47,7 +47,7 @@ def private_folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{folder} belongs to others, or they may write to it")
+        raise PermissionError(f"{folder} belongs to another user, or others may write to it")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
     return folder

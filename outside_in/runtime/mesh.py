@@ -33,8 +33,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
         divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
         raise ValueError(
-            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {counted(count, 'device')} here, which "
-            f"{divisors} divide; data=-1 takes what fsdp leaves"
+            f"mesh: data={config.data} and fsdp={fsdp} do not fit the {counted(count, 'device')} here "
+            f"(divisors: {divisors}); data=-1 takes what fsdp leaves"
         )
     return _mesh(tuple(devices[: data * fsdp]), data, fsdp)
 
@@ -77,7 +77,7 @@ def array_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def place(module: Any, mesh: Mesh) -> None:
-    """Move the arrays of a model or an optimiser to where the rule has them."""
+    """Move the arrays of a model or an optimizer to where the rule has them."""
     state = nnx.state(module)
     nnx.update(module, jax.tree.map(device_put_global, state, array_shardings(state, mesh)))
 

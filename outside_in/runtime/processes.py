@@ -100,10 +100,10 @@ def propagate_errors() -> Iterator[None]:
         numbers = multihost_utils.process_allgather(np.array(number if failure is not None else 0))
         if failure is None and numbers.any():
             first = int(np.flatnonzero(numbers)[0])
-            who = f"process {first} of {jax.process_count()} has failed"
+            who = f"process {first} of {jax.process_count()} failed"
             if numbers[first] != OTHER_ERROR:
                 raise OSError(int(numbers[first]), f"{who}: {os.strerror(int(numbers[first]))}")
-            raise RuntimeError(f"{who}, and says why")
+            raise RuntimeError(f"{who}; its output says why")
     if failure is not None:
         raise failure
 

@@ -12,7 +12,7 @@ JSON_NAMES = {
     str: "a string",
     int: "a number",
     float: "a number",
-    bool: "a truth value",
+    bool: "true or false",
     type(None): "null",
 }
 
@@ -52,7 +52,7 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         complaint = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     except RecursionError:
-        complaint = "nested too deeply for a config or a list of files"
+        complaint = "nested too deeply"
     except ValueError as error:
         complaint = str(error)
     raise ValueError(f"{source}: {complaint}")

@@ -153,7 +153,7 @@ class CheckpointWriter:
                 checkpointing.repair_links_and_prune(run.checkpoints, state.config.keep_checkpoints if prune else None)
                 draw_charts(state, records)
             except Exception as error:  # none of this is worth the training
-                log.warning(f"the checkpoint is good, but then: {error}")
+                log.warning(f"the checkpoint is saved, but pruning or drawing charts failed: {error}")
 
         return write
 
@@ -175,13 +175,13 @@ class CheckpointWriter:
         if raising and (error.errno in PERMANENT_ERRNOS or self._failures >= MAX_FAILURES):
             raise OSError(self._error_message()) from error
         is_last = self._state.global_step == self._state.total_steps or self._stop()
-        due = "training goes on, the next one is tried when it is due"
+        due = "training continues, and the next checkpoint is tried when it is due"
         log.warning(f"step {self._step:,} could not be saved ({error}); {'trying again' if is_last else due}")
 
     def _error_message(self) -> str:
         return (
-            f"step {self._step:,} could not be saved ({self._error}); mend that and type the same line: "
-            f"training goes on from step {self._state.saved_step:,}"
+            f"step {self._step:,} could not be saved ({self._error}); fix that and type the same line: "
+            f"training resumes from step {self._state.saved_step:,}"
         )
 
 

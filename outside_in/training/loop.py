@@ -147,10 +147,10 @@ def make_record(state: TrainState, started: StartedStep, update: UpdateReport, l
 def advice_when_stuck(state: TrainState) -> str:
     """Say why training ended after too many rejected updates, and what to type."""
     path = state.run.rejected(state.global_step)
-    where = f" ({path} says where)" if path.exists() else ""
+    where = f" (see {path})" if path.exists() else ""
     return (
-        f"{state.config.max_consecutive_rejections} updates in a row were rejected: their gradients, or the norms of "
-        f"these, were not finite{where}; saved at step {state.global_step:,} with the last good parameters; "
+        f"{state.config.max_consecutive_rejections} updates in a row were rejected: their gradients, or gradient "
+        f"norms, were not finite{where}; saved at step {state.global_step:,} with the last good parameters; "
         + way_back(state)
     )
 
@@ -166,5 +166,5 @@ def way_back(state: TrainState) -> str:
     loss = best[0].meta.get("val_loss" if state.val_stream else "avg_train_loss")
     if loss is not None and loss > uniform:  # None: whether there is validation has changed since
         of_step = f"the best checkpoint, of step {best[0].global_step:,}, is no better than a uniform guess"
-        return f"{of_step}: its loss is {loss:.4f}, that of a guess {uniform:.4f}, so it has diverged too: {again}"
-    return f"lower learning_rate, or look at the data, and go back: {start} --from best --accept-changes"
+        return f"{of_step} (loss {loss:.4f} against {uniform:.4f}), so it has diverged too: {again}"
+    return f"lower learning_rate, or check the data, and go back: {start} --from best --accept-changes"

@@ -69,11 +69,11 @@ def log_first_loss(loss: float, vocab_size: int) -> None:
     uniform = math.log(vocab_size)
     line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
     if math.isnan(loss):
-        causes = "a parameter or a product is not finite from the start: --debug-checks says where"
+        causes = "a parameter or an activation is not finite from the start; --debug-checks shows where"
     elif loss > uniform + MAX_DISTANCE:
         causes = "weights that start too large, or a loss that is a sum instead of a mean"
     elif loss < uniform - MAX_DISTANCE:
-        causes = "targets that are the inputs (objective), a mask that lets positions see what follows, or padding"
+        causes = "targets that equal the inputs (objective), a mask that lets positions see later ones, or padding"
     else:
         log.info(line)
         return

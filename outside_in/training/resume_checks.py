@@ -67,7 +67,7 @@ def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bo
             revisions = f"{saved['data'].get('revision')} → {data.get('revision')}"
             origin = f" (revisions of the Hub dataset: {revisions})" if "None" not in revisions else ""
             raise ValueError(
-                f"the {split} tokens are not the checkpoint's: {old} → {new}{origin}; restore them or {remedy}"
+                f"the {split} tokens differ from the checkpoint's: {old} → {new}{origin}; restore them or {remedy}"
             )
 
 

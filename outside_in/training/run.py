@@ -52,7 +52,7 @@ def run_training(
     state = build(plan, time_budget)
     monitor = StepMonitor(state, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if state.val_stream is None:
-        log.info("no validation tokens: best goes by training loss")
+        log.info("no validation tokens: the best checkpoint is the one with the lowest training loss")
     if checkpoint:
         restore(checkpoint, state, accept=args.accept_changes, commit_again=args.from_checkpoint is not None)
     else:
@@ -60,8 +60,8 @@ def run_training(
     resume_line = f"uv run train.py {args.run}"
     with listening(
         stop,
-        "stopping after this step; a second Ctrl-C leaves at once",
-        f"left at once; to resume from the last checkpoint: {resume_line}",
+        "stopping after this step; press Ctrl-C again to exit at once",
+        f"exited at once; to resume from the last checkpoint: {resume_line}",
     ):
         train(state, stop, monitor)
         stop.apply(processes.all_max(stop.pending_stop()))  # what came too late for the last step
@@ -69,7 +69,7 @@ def run_training(
 
 
 def check_same(model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace) -> None:
-    """Raise ValueError when the processes of a run were told different things."""
+    """Raise ValueError when the processes of a run have different configs or options."""
     options = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
     configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
     with processes.propagate_errors():
@@ -109,7 +109,10 @@ def report(state: TrainState, stop: StopRequest, resume_line: str) -> int:
     step, total = state.global_step, state.total_steps
     if step == total and not state.needs_validation:
         share = state.seconds_paused / state.seconds
-        log.info(f"finished: {state.seconds:,.0f} s of training, {share:.1%} of them waiting for checkpoints")
+        speed = f" at {state.tokens_per_second:,.0f} tokens/s" if state.records else ""
+        log.info(
+            f"finished: {state.seconds:,.0f} s of training{speed}, {share:.1%} of the time waiting for checkpoints"
+        )
         return stop.exit_code if stop else DONE  # in a folder of runs the next one must not start
     where = f"and saved at step {step:,} of {total:,}" if step else "before the first step"
     log.info(f"stopped {where}; to resume: {resume_line}")

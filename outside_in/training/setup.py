@@ -131,8 +131,8 @@ def load_initial_weights(state: TrainState) -> None:
     path = in_the_run if in_the_run.is_file() else Path(state.config.initial_weights)
     found = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
     expected = state.model_config.model_dump()
-    if differing := [f"{key} {found[key]} against {value}" for key, value in expected.items() if found[key] != value]:
-        raise ValueError(f"initial_weights: {path} is of another model than model.json: {', '.join(differing)}")
+    if differing := [f"{key} {found[key]}, not {value}" for key, value in expected.items() if found[key] != value]:
+        raise ValueError(f"initial_weights: {path} holds another model than model.json: {', '.join(differing)}")
     manifest.check_alone(path)
     load_model(path, state.model)
     log.info(f"starting from the weights in {path}")

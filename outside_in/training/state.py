@@ -87,7 +87,7 @@ def write_metrics_if_possible(state: TrainState) -> None:
         state.metrics.write()
     except OSError as error:
         if not state.metrics_are_behind:
-            log.warning(f"metrics cannot be written ({error}); they are kept and tried again")
+            log.warning(f"metrics cannot be written ({error}); they are kept in memory and written later")
         state.metrics_are_behind = True
     else:
         state.metrics_are_behind = False
@@ -109,4 +109,6 @@ def set_history_aside(state: TrainState) -> None:
     for path in (run.metrics, run.samples):
         if path.exists():
             path.rename(path.with_name(f"{path.stem}-before-{moment}{path.suffix}"))
-    log.warning(f"no checkpoint, but metrics up to step {records[-1]['global_step']:,}: kept as *-before-{moment}*")
+    log.warning(
+        f"no checkpoint, but metrics up to step {records[-1]['global_step']:,}; they are kept as *-before-{moment}*"
+    )

@@ -261,7 +261,7 @@ def test_two_that_fetch_the_same_dataset_at_once_download_it_once(serve):
 def test_a_download_that_fails_is_refused_in_one_line(serve, data_folder, handler, dataset, reason):
     serve(handler)
     line = refusal(f"owner/{dataset}")
-    assert line.startswith(f"dataset: no folder 'owner/{dataset}' here, and the Hub dataset of that name could not be")
+    assert line.startswith(f"dataset: no folder 'owner/{dataset}', and it could not be fetched from the Hub: ")
     assert reason in line
     assert not data_folder.exists()
 
@@ -280,7 +280,7 @@ def test_an_unreachable_hub_is_refused_in_one_line(point_client_at):
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
         point_client_at(nobody_listens.getsockname()[1])
-        assert "could not be fetched: " in refusal("owner/both")
+        assert "could not be fetched from the Hub: " in refusal("owner/both")
 
 
 def test_offline_what_is_here_is_taken_and_what_is_not_is_named(serve, monkeypatch):
@@ -337,7 +337,7 @@ def test_a_download_that_was_given_up_goes_on_where_it_stopped(serve):
     hub = serve(Hub)
     hub.hangs_up_at = list(TOO_OFTEN)
     line = refusal("owner/both")
-    assert "try again, and it goes on where it stopped" in line
+    assert "try again, and the download resumes" in line
     assert hub.hangs_up_at == []
     hub.downloads.clear()
     hub.bytes_sent = 0
@@ -418,7 +418,7 @@ def test_a_file_of_unknown_revision_is_neither_mixed_in_nor_touched(serve, data_
     path = data_folder / "owner" / "both" / VALIDATION
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
-    assert f"{path} is there already, of an unknown revision; move it away" in refusal("owner/both")
+    assert f"{path} already exists, at an unknown revision; move it away" in refusal("owner/both")
     assert path.read_bytes() == b"mine"
     assert hub.downloads == []
 
@@ -450,7 +450,7 @@ def test_a_wrong_file_is_named_and_removed_and_fetched_afresh(serve, handler, co
     hub.sends_instead = {TRAIN: content}
     line = refusal("owner/both")
     assert complaint in line
-    assert line.endswith("; it is removed, try again")
+    assert line.endswith("; the file is removed, try again")
     hub.sends_instead = {}
     folder = dataset_folder("owner/both")
     assert is_from(folder, FILES)

@@ -77,7 +77,7 @@ def test_memory_that_runs_out_while_training_is_the_same_line(call_program, make
     assert 'is "microbatch_size": 4, "grad' in complaint(call_program("train", make_run(train=SHAPE)))
     device_of(needs[8])
     line = complaint(call_program("train", make_run("other", train=SHAPE)))
-    assert "does another program use it? XLA said: " in line and "allocating 12345 bytes" in line
+    assert "which fits; is another program using it? XLA's message: " in line and "allocating 12345 bytes" in line
 
 
 def test_compiling_that_runs_out_of_memory_means_too_large(monkeypatch, needs, device_of):

@@ -27,7 +27,7 @@ def test_a_model_that_can_learn_gets_there_and_the_run_is_left_alone(call_progra
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     finished = call_program("train", run, "--overfit-one-batch")
     assert finished.returncode == 0, finished.stderr
-    assert "got there: loss 0.0" in finished.stdout
+    assert "passed: loss 0.0" in finished.stdout
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -35,7 +35,7 @@ def test_a_model_that_cannot_does_not(call_program, make_run, monkeypatch):
     monkeypatch.setattr(overfit, "MAX_STEPS", 30)
     run = make_run(model={"n_layers": 0}, train=SMALL)
     line = complaint(call_program("train", run, "--overfit-one-batch"), code=1)
-    assert "did not get there: loss " in line and "after 29 updates" in line
+    assert "failed: loss " in line and "after 29 updates" in line
 
 
 def test_it_is_the_first_microbatch_of_the_run(make_run, monkeypatch):

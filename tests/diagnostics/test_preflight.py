@@ -71,7 +71,7 @@ def test_epochs_multiply_steps_and_tokens(run):
 @pytest.mark.parametrize(("available", "steps"), [(None, None), (10 * 98_304, 9), (10 * 98_304 + 1, 10)])
 def test_a_run_over_all_tokens_takes_its_length_from_the_data_once_they_are_here(run, available, steps):
     line = line_of("run", describe(run, SHELL, reference_train(min_train_tokens=-1), available))
-    assert ("not here yet" in line) == (steps is None)
+    assert ("not downloaded yet" in line) == (steps is None)
     assert ("steps" in line) == (steps is not None)
     assert steps is None or f" {steps} steps" in line
 

@@ -119,14 +119,14 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     private_folder()
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(OSError, match="belongs to others"):
+    with pytest.raises(OSError, match="belongs to another user, or others may write to it"):
         private_folder()
 
 
 def test_a_run_that_cannot_keep_anything_says_so_in_one_line(start, make_run, tmp_path):
     (tmp_path / "cache").write_text("")
     told = start(make_run())
-    assert len(re.findall("WARNING compiled programs are not kept: .*cache", told)) == 1 and "Traceback" not in told
+    assert len(re.findall("WARNING the compilation cache is off: .*cache", told)) == 1 and "Traceback" not in told
 
 
 def test_an_entry_without_a_time_of_last_use_is_removed_and_the_others_stay(tmp_path):

@@ -105,7 +105,7 @@ def test_a_mesh_takes_the_devices_that_it_names_and_minus_1_the_rest(wanted, sha
 
 @pytest.mark.parametrize("wanted", [{"fsdp": 3}, {"data": 9}, {"data": 3, "fsdp": 3}, {"fsdp": 16}], ids=str)
 def test_a_mesh_that_does_not_fit_says_which_do(wanted):
-    with pytest.raises(ValueError, match=r"do not fit the 8 devices here, which 1, 2, 4, 8 divide"):
+    with pytest.raises(ValueError, match=r"do not fit the 8 devices here \(divisors: 1, 2, 4, 8\)"):
         make_mesh(MeshConfig(**wanted))
 
 

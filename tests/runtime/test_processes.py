@@ -227,7 +227,7 @@ def test_two_runs_in_one_folder_are_one_error(make_run):
             codes, outputs = ended(second)
         assert codes == [2, 1], outputs
         assert f"error: {run}: is being trained by process {first[0].pid}" in outputs[0]
-        assert "error: process 0 of 2 has failed, and says why" in outputs[1]
+        assert "error: process 0 of 2 failed; its output says why" in outputs[1]
         assert first[0].poll() is None
 
 
@@ -268,8 +268,8 @@ def test_torchruns_variables_are_understood(make_run, call_program):
     ("arguments", "words"),
     [
         (("--distributed", "--processes", 2), "expected all of --coordinator, --processes and --process"),
-        (("--process", 1), "go with --distributed"),
-        (("--distributed", "--debug-checks"), "expected neither --check, --debug-checks nor the like"),
+        (("--process", 1), "expected together with --distributed"),
+        (("--distributed", "--debug-checks"), "--debug-checks: runs in one process"),
         (("--distributed", "--coordinator", "here", "--processes", 2, "--process", 0), "expected HOST:PORT, got here"),
         (("--distributed", "--coordinator", "a:1", "--processes", 2, "--process", 2), "expected a number from 0 to"),
     ],

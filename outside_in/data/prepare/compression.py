@@ -75,4 +75,4 @@ def needed(module: str) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        raise ValueError(f"expected the package {module}, not installed; add `--group prepare` to `uv run`") from None
+        raise ValueError(f"the package {module} is not installed; add `--group prepare` to `uv run`") from None

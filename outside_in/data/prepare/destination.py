@@ -19,7 +19,7 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
     known = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, PROGRESS_FILE, LOCK}
     if others := sorted({path.name for path in out.iterdir()} - known):
-        raise ValueError(f"{out}: already exists, and holds other things, such as {others[0]!r}; use another name")
+        raise ValueError(f"{out}: already exists and holds other files, such as {others[0]!r}; use another name")
     if not overwrite:
         raise ValueError(f"{out}: already exists; use --overwrite, or another name")
 
@@ -36,6 +36,6 @@ def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copi
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise ValueError(
-            f"{out}: expected about {needed / 2**30:.2f} GiB of space, got {free / 2**30:.2f} GiB; free some, take "
-            "another disk, or use --limit-tokens"
+            f"{out}: expected about {needed / 2**30:.2f} GiB of free disk space, got {free / 2**30:.2f} GiB; "
+            "free some, use another disk, or use --limit-tokens"
         )

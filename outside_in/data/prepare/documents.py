@@ -162,7 +162,7 @@ def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
         if len(rest) > MAX_DOCUMENT_BYTES:
             raise ValueError(
                 f"{path}: expected documents of at most {MAX_DOCUMENT_BYTES // 2**20} MiB, got a larger one at "
-                f"byte {position:,}; say with --separator where documents end"
+                f"byte {position:,}; split it with --separator"
             )
     if rest:
         yield _decoded(rest, path, position, reading)
@@ -177,7 +177,7 @@ def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
             return
         where = f"{path}: line {number:,}"
         if len(line) > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"{where}: expected at most {MAX_DOCUMENT_BYTES // 2**20} MiB in a line; cut it")
+            raise ValueError(f"{where}: expected at most {MAX_DOCUMENT_BYTES // 2**20} MiB in a line; split it")
         text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, position, reading)
         position += len(line)
         if not text.strip():

@@ -86,11 +86,11 @@ class Preparation:
             try:
                 self.progress = Progress(**read_json(self.folder / PROGRESS_FILE, description.MAX_BYTES))
             except TypeError:
-                raise ValueError(f"{self.out}: was begun by another version; start anew with --overwrite") from None
+                raise ValueError(f"{self.out}: was started by another version; start over with --overwrite") from None
         if self.progress.command != self.command:
             raise ValueError(
-                f"{self.out}: was begun with other {difference(self.progress.command, self.command)}; "
-                "type the same command again, or start anew with --overwrite"
+                f"{self.out}: was started with other {difference(self.progress.command, self.command)}; "
+                "type the same command again, or start over with --overwrite"
             )
         self.goes_on = self.progress.documents > 0
         self.splits = SPLITS if self.options.validation else SPLITS[:1]
@@ -218,7 +218,7 @@ class Preparation:
                 shutil.rmtree(self.folder)  # the same command could not go on either
                 raise ValueError(
                     f"{self.out}: none of {counted(count, 'document')} fell into {split}; use --validation "
-                    f"{min(50, -(-300 // max(1, count)))}% for so few, cut the text into more with --separator, or use "
+                    f"{min(50, -(-300 // max(1, count)))}% for so few, split the text with --separator, or use "
                     "--validation 0"
                 )
         if self._seen:

@@ -364,7 +364,9 @@ def test_a_hub_dataset_keeps_the_revision_that_was_begun_with(tmp_path, monkeypa
 def test_other_options_do_not_go_on_with_what_was_begun(tmp_path, small_batches):
     path = write_lines(tmp_path / "a.jsonl", TEXTS * 5)
     prepare(tmp_path / "out", path, stop_after=2, validation=0.1, deduplicate=True)
-    assert "begun with other options (validation)" in refusal(tmp_path / "out", path, validation=0.2, deduplicate=True)
+    assert "started with other options (validation)" in refusal(
+        tmp_path / "out", path, validation=0.2, deduplicate=True
+    )
     write_lines(path, ["changed"])
     assert "sources (or they have changed since)" in refusal(tmp_path / "out", path, validation=0.1, deduplicate=True)
     prepare(tmp_path / "out", path, validation=0, deduplicate=True, overwrite=True)
@@ -421,7 +423,7 @@ def test_the_program_makes_data_that_it_describes_and_a_run_can_read(tmp_path):
         (["out", "--text", "x", "--validation", "100%"], "argument --validation"),
         (["out", "--text", "x", "--limit-tokens", "0"], "argument --limit-tokens"),
         (["out", "--text", "x", "--seed", "-1"], "argument --seed"),
-        (["out", "--describe", "x"], "expected --describe FOLDER alone"),
+        (["out", "--describe", "x"], "--describe: expected without another folder, --text and --hub"),
         (["--describe", "nowhere"], "nowhere"),
     ],
 )
