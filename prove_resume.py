@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"training the undisturbed twin: {args.steps} steps, in {scratch}", flush=True)
         seconds = train_alone(alone)
         kills, rows = [], []
-        plan = [PHASES[number % len(PHASES)] for number in range(args.kills)]
+        plan = [PHASES[i % len(PHASES)] for i in range(args.kills)]
         rng.shuffle(plan)
         with tqdm(total=args.kills, unit="kill", dynamic_ncols=True) as bar:
             while len(kills) < args.kills and not any(difference for *_, difference in rows):
@@ -78,8 +78,8 @@ def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
         "epochs": 1,
         "checkpoint_interval": max(1, steps // CHECKPOINTS),
     }
-    if config.initial_weights is not None and (own := run.path / config.initial_weights).is_file():
-        train["initial_weights"] = str(own.absolute())
+    if config.initial_weights is not None and (local := run.path / config.initial_weights).is_file():
+        train["initial_weights"] = str(local.absolute())
     twin = RunDirectory(folder)
     folder.mkdir()
     twin.model_config.write_bytes(run.model_config.read_bytes())
@@ -219,9 +219,9 @@ def _array_difference(left: dict[str, np.ndarray], right: dict[str, np.ndarray])
 
 
 def _difference(left: list, right: list) -> str:
-    for number, (one, other) in enumerate(zip(left, right), start=1):
+    for i, (one, other) in enumerate(zip(left, right), start=1):
         if one != other:
-            return f"number {number} differs: {one} and {other}"
+            return f"number {i} differs: {one} and {other}"
     return "" if len(left) == len(right) else f"{len(left)} and {len(right)} of them"
 
 

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         )
     predicted = most_likely(model, token_ids)
     print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
-    matches = sum(given == found for given, found in zip(token_ids, predicted, strict=True))
+    matches = sum(token == output for token, output in zip(token_ids, predicted, strict=True))
     print(f"{matches} of {len(token_ids)} tokens map to themselves")
     return cli.DONE if matches == len(token_ids) else cli.FAILED
 

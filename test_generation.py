@@ -36,14 +36,16 @@ def main(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     options = {"sampling": sampling, "seed": args.seed, "stop_id": stop_id}
     if args.samples == 1:
-        tell(args.prompt, (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options)), stop_id)
+        print_completion(
+            args.prompt, (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options)), stop_id
+        )
     else:  # of several that come together, each can only be told when all are there
         for completion in generate(model, prompt_ids, args.tokens, args.samples, **options):
-            tell(args.prompt, [completion.tolist()], stop_id)
+            print_completion(args.prompt, [completion.tolist()], stop_id)
     return cli.DONE
 
 
-def tell(prompt: str, parts: Iterable[list[int]], stop_id: int | None) -> None:
+def print_completion(prompt: str, parts: Iterable[list[int]], stop_id: int | None) -> None:
     """Print a prompt and the tokens that follow as they come, up to `<|endoftext|>` where they stop there."""
     from outside_in.data import tokenizer
 

@@ -221,10 +221,10 @@ def parse_config(text: str, config_class: type[C], source: str) -> C:
     try:
         return config_class(**content)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{source}: {_first_complaint(error, config_class)}") from None
+        raise ValueError(f"{source}: {_first_problem(error, config_class)}") from None
 
 
-def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]) -> str:
+def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) -> str:
     first = error.errors(include_url=False)[0]
     name = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
@@ -234,7 +234,7 @@ def _first_complaint(error: pydantic.ValidationError, config_class: type[Config]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
         return f"unknown key {name!r}; {hint}"
-    if first["type"] == "value_error":  # from our own validators, which say it all
+    if first["type"] == "value_error":  # from the validators above, whose messages are complete
         return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
     got = shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")

@@ -34,7 +34,7 @@ class HubFile(Config):
     etag: str
 
 
-class HubNote(Config):
+class HubSnapshot(Config):
     """`hub.json`: the commit of a Hub dataset that a folder holds, or will once its download is complete."""
 
     revision: str
@@ -55,7 +55,7 @@ def detect_wrong_content(path: Path) -> str | None:
 
 def missing(folder: Path) -> list[str]:
     """Name what is still to be fetched, `train.safetensors` last: its presence says that the rest is there."""
-    expected = load_config(folder / HUB_FILE, HubNote).files if (folder / HUB_FILE).exists() else (TRAIN,)
+    expected = load_config(folder / HUB_FILE, HubSnapshot).files if (folder / HUB_FILE).exists() else (TRAIN,)
     return [name for name in reversed(TOKEN_FILES) if name in expected and not (folder / name).exists()]
 
 
@@ -71,14 +71,14 @@ def download_dataset(dataset: str, folder: Path) -> None:
             if newest and not (folder / HUB_FILE).exists():  # else another process has begun
                 _begin(folder, newest)
             for name in missing(folder):
-                _fetch(dataset, load_config(folder / HUB_FILE, HubNote), folder / name)
+                _fetch(dataset, load_config(folder / HUB_FILE, HubSnapshot), folder / name)
     except (OSError, HTTPError, ValueError) as error:
         raise ValueError(
             f"dataset: no folder {dataset!r}, and it could not be fetched from the Hub: {error_message(error)}"
         ) from None
 
 
-def _look_up(dataset: str) -> HubNote:
+def _look_up(dataset: str) -> HubSnapshot:
     """Ask the Hub for the newest revision of a dataset, and what it says of the token files there."""
     revision, files = None, {}
     for name in TOKEN_FILES:
@@ -93,24 +93,24 @@ def _look_up(dataset: str) -> HubNote:
         if revision is None or metadata.etag is None or metadata.size is None:
             raise ValueError("the answer lacks a commit, ETag or size, so it is not from the Hub; check HF_ENDPOINT")
         files[name] = HubFile(size=metadata.size, etag=metadata.etag)
-    return HubNote(revision=str(revision), files=files)
+    return HubSnapshot(revision=str(revision), files=files)
 
 
-def _begin(folder: Path, note: HubNote) -> None:
+def _begin(folder: Path, snapshot: HubSnapshot) -> None:
     """Write down which revision a folder is to hold, before anything of it is fetched."""
-    for path in (folder / name for name in note.files):
+    for path in (folder / name for name in snapshot.files):
         if path.exists():
             raise ValueError(f"{path} already exists, at an unknown revision; move it away")
-    atomic.write_text(folder / HUB_FILE, note.model_dump_json(indent=2))
+    atomic.write_text(folder / HUB_FILE, snapshot.model_dump_json(indent=2))
 
 
-def _fetch(dataset: str, note: HubNote, path: Path) -> None:
+def _fetch(dataset: str, snapshot: HubSnapshot, path: Path) -> None:
     """Fetch a file, from where an earlier try has stopped; it gets its name when it is known to be the Hub's.
 
     The client's own `hf_hub_download` throws away what it has when it is interrupted.
     """
-    expected, partial = note.files[path.name], path.with_name(f"{path.name}.incomplete")
-    url = hf_hub_url(dataset, path.name, repo_type="dataset", revision=note.revision)
+    expected, partial = snapshot.files[path.name], path.with_name(f"{path.name}.incomplete")
+    url = hf_hub_url(dataset, path.name, repo_type="dataset", revision=snapshot.revision)
     headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
     if partial.exists() and partial.stat().st_size > expected.size:
         partial.unlink()  # nothing can follow it
@@ -126,7 +126,7 @@ def _fetch(dataset: str, note: HubNote, path: Path) -> None:
             )
     except RevisionNotFoundError:
         raise ValueError(
-            f"404, revision {note.revision}, at which this download began, is gone; "
+            f"404, revision {snapshot.revision}, at which this download began, is gone; "
             f"remove {path.parent} to fetch the newest"
         ) from None
     except OSError as error:
@@ -140,15 +140,15 @@ def _verify(path: Path, expected: HubFile) -> None:
     """Raise ValueError unless a file is what the Hub says it is; remove it then, for the next try to begin afresh."""
     size = path.stat().st_size
     if found := detect_wrong_content(path):
-        complaint = f"a safetensors file, got {found}"
+        mismatch = f"a safetensors file, got {found}"
     elif size != expected.size:
-        complaint = f"{expected.size:,} bytes, got {size:,}"
+        mismatch = f"{expected.size:,} bytes, got {size:,}"
     elif (checksum := _checksum(path, expected.etag)) != expected.etag:
-        complaint = f"checksum {expected.etag}, got {checksum}"
+        mismatch = f"checksum {expected.etag}, got {checksum}"
     else:
         return
     path.unlink()
-    raise ValueError(f"{path.name}: expected {complaint}; the file is removed, try again")
+    raise ValueError(f"{path.name}: expected {mismatch}; the file is removed, try again")
 
 
 def _checksum(path: Path, etag: str) -> str:

@@ -44,7 +44,7 @@ class TokenStream:
     seed: int
     shuffle: bool
     local_sequences: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
-    _read: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
+    _cache: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
 
     @property
     def num_steps(self) -> int:
@@ -71,19 +71,19 @@ class TokenStream:
             windows = _windows(host_tokens, self.positions(step), length)
         else:
             epoch, step_in_epoch = divmod(step, self.num_steps)
-            windows = self._share(epoch)[step_in_epoch]
+            windows = self._local_windows(epoch)[step_in_epoch]
         inputs = windows[..., :-1]
         return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
 
-    def _share(self, epoch: int) -> np.ndarray:
+    def _local_windows(self, epoch: int) -> np.ndarray:
         """Read what this process needs of an epoch into memory, (steps, K, local sequences, T + 1)."""
-        if epoch not in self._read:
+        if epoch not in self._cache:
             assert self.local_sequences
             steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)
             positions = np.stack([self.positions(step)[:, slice(*self.local_sequences)] for step in steps])
-            self._read.clear()
-            self._read[epoch] = _windows(self.tokens, positions, self.batch_shape[-1])
-        return self._read[epoch]
+            self._cache.clear()
+            self._cache[epoch] = _windows(self.tokens, positions, self.batch_shape[-1])
+        return self._cache[epoch]
 
     def calls(self, step: int, calls_per_step: int = 1) -> list[Batch]:
         """Split the batch of a global step into the equal parts that its compiled calls consume."""

@@ -12,7 +12,7 @@ from outside_in.data.hub import (
     HUB_ID,
     TOKEN_FILES,
     TRAIN,
-    HubNote,
+    HubSnapshot,
     detect_wrong_content,
     download_dataset,
     missing,
@@ -52,9 +52,9 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
 def dataset_revision(folder: Path) -> str | None:
     """Return the commit of the Hub dataset that a folder was downloaded from, by this program or the Hub's own."""
     if (folder / HUB_FILE).is_file():
-        return load_config(folder / HUB_FILE, HubNote).revision
-    note = folder / ".cache" / "huggingface" / "download" / f"{TRAIN}.metadata"
-    return note.read_text().split("\n")[0] if note.is_file() else None
+        return load_config(folder / HUB_FILE, HubSnapshot).revision
+    metadata = folder / ".cache" / "huggingface" / "download" / f"{TRAIN}.metadata"
+    return metadata.read_text().split("\n")[0] if metadata.is_file() else None
 
 
 def _write_token_files(folder: Path, tokens: dict[str, np.ndarray]) -> None:

@@ -57,7 +57,7 @@ def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str |
         return found
 
     def check(model: GPTModel, batch: Batch, seed_key: jax.Array) -> str | None:
-        global_step, first = (int(number) for number in batch.position)
+        global_step, first = (int(value) for value in batch.position)
         total = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
         for i in range(len(batch.inputs)):
             found, total = check_microbatch(nnx.state(model), total, batch, seed_key, jnp.uint32(i))

@@ -75,11 +75,11 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 def _statistics(array: np.ndarray) -> list[str]:
     values = np.asarray(array, np.float64)
     good = values[np.isfinite(values)]
-    numbers = (np.linalg.norm(good), good.mean(), good.std()) if good.size else (math.nan,) * 3
+    summary = (np.linalg.norm(good), good.mean(), good.std()) if good.size else (math.nan,) * 3
     shape = " × ".join(map(str, array.shape)) or "scalar"
     return [
         shape,
-        *(f"{number:.4g}" for number in numbers),
+        *(f"{value:.4g}" for value in summary),
         f"{np.mean(values == 0):.2%}",
         f"{values.size - good.size:,}",
     ]

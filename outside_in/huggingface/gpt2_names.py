@@ -13,7 +13,7 @@ import numpy as np
 
 from outside_in.config import ModelConfig, parse_config
 
-# Ours, theirs, and the axes: V vocabulary, T context, D embedding, and multiples of D.
+# The name in this package, Hugging Face's name, and the axes: V vocabulary, T context, D embedding, and multiples of D.
 TABLE = (
     ("token_embedding.embedding", "wte.weight", "V D"),
     ("position_embedding.embedding", "wpe.weight", "T D"),
@@ -56,31 +56,31 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 MAX_SHOWN = 12  # mismatches in one line
 
 
-def import_config(theirs: Mapping[str, Any], source: str) -> ModelConfig:
+def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
     """Return the shape that a `config.json` of Hugging Face describes; `source` names it in errors.
 
     Raises ValueError when it is another architecture, or says something that we do not compute.
     """
-    if theirs.get("model_type") != "gpt2":
-        found = theirs.get("model_type") or theirs.get("architectures") or "no model_type"
+    if hf_config.get("model_type") != "gpt2":
+        found = hf_config.get("model_type") or hf_config.get("architectures") or "no model_type"
         raise ValueError(f"{source}: expected model_type 'gpt2', got {str(found)[:60]!r}; only GPT-2's can be imported")
-    shape = {ours: theirs.get(name) for ours, name in SHAPE.items()}
-    shape |= {"qkv_bias": True, "tied_head": theirs.get("tie_word_embeddings", True)}
+    shape = {name: hf_config.get(hf_name) for name, hf_name in SHAPE.items()}
+    shape |= {"qkv_bias": True, "tied_head": hf_config.get("tie_word_embeddings", True)}
     try:
         config = parse_config(json.dumps(shape), ModelConfig, source)
     except ValueError as error:
-        told = str(error)
-        for ours, name in (*SHAPE.items(), ("tied_head", "tie_word_embeddings")):
-            told = told.replace(ours, name)
-        raise ValueError(told) from None
+        message = str(error)
+        for name, hf_name in (*SHAPE.items(), ("tied_head", "tie_word_embeddings")):
+            message = message.replace(name, hf_name)
+        raise ValueError(message) from None
     options = COMPUTED | {"n_inner": (None, 4 * config.emb_dim)}
-    complaints = [
-        f"{option}={json.dumps(theirs[option])}, expected {' or '.join(map(json.dumps, values))}"
+    problems = [
+        f"{option}={json.dumps(hf_config[option])}, expected {' or '.join(map(json.dumps, values))}"
         for option, values in options.items()
-        if theirs.get(option, values[0]) not in values
+        if hf_config.get(option, values[0]) not in values
     ]
-    if complaints:
-        raise ValueError(f"{source}: unsupported options: {'; '.join(complaints)[:1000]}")
+    if problems:
+        raise ValueError(f"{source}: unsupported options: {'; '.join(problems)[:1000]}")
     return config
 
 
@@ -97,7 +97,7 @@ def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        **{hf_name: getattr(config, name) for name, hf_name in SHAPE.items()},
         **{option: values[0] for option, values in COMPUTED.items()},
         "n_inner": None,
         "tie_word_embeddings": config.tied_head,
@@ -111,33 +111,33 @@ def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any
     }
 
 
-def import_weights(theirs: Mapping[str, Any], config: ModelConfig, source: str) -> dict[str, np.ndarray]:
+def import_weights(hf_arrays: Mapping[str, Any], config: ModelConfig, source: str) -> dict[str, np.ndarray]:
     """Return the arrays of a model under our names, float32, for anything with `shape` under theirs.
 
     Raises ValueError that names all that is missing, unknown, or of another shape, before anything is read.
     """
     short: dict[str, Any] = {}
-    complaints = []
-    for name, array in theirs.items():
+    problems = []
+    for name, array in hf_arrays.items():
         key = name.removeprefix(PREFIX)
         if key in short:
-            complaints.append(f"{key} appears twice, with and without {PREFIX!r}")
+            problems.append(f"{key} appears twice, with and without {PREFIX!r}")
         if not MASK.fullmatch(key):
             short[key] = array
     head = short.pop(HEAD, None) if config.tied_head else None  # then it is the token embedding once more
     expected = _names(config)
-    complaints += [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
-    complaints += [f"{name[:100]!r} is unknown" for name in sorted(short.keys() - expected.keys())]
+    problems += [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
+    problems += [f"{name[:100]!r} is unknown" for name in sorted(short.keys() - expected.keys())]
     for name in sorted(expected.keys() & short.keys()):
         shape, found = expected[name][1], tuple(short[name].shape)
         if found != shape:
-            complaints.append(f"{name} is {list(found)}, expected {list(shape)}")
+            problems.append(f"{name} is {list(found)}, expected {list(shape)}")
         elif str(short[name].dtype) not in FLOATS:
-            complaints.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
-    if complaints:
-        more = f"; and {len(complaints) - MAX_SHOWN} more" if len(complaints) > MAX_SHOWN else ""
-        raise ValueError(f"{source}: {len(complaints)} tensors do not fit: {'; '.join(complaints[:MAX_SHOWN])}{more}")
-    arrays = {ours: _single(short[name], f"{source}: {name}") for name, (ours, _) in expected.items()}
+            problems.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
+    if problems:
+        more = f"; and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+        raise ValueError(f"{source}: {len(problems)} tensors do not fit: {'; '.join(problems[:MAX_SHOWN])}{more}")
+    arrays = {name: _single(short[hf_name], f"{source}: {hf_name}") for hf_name, (name, _) in expected.items()}
     if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
         raise ValueError(f"{source}: {HEAD} differs from wte.weight, but config.json ties them")
     return arrays
@@ -152,19 +152,19 @@ def _single(array: Any, source: str) -> np.ndarray:
     return single
 
 
-def export_weights(ours: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Return a model's arrays under Hugging Face's names; biases that it does not have are zeros, as GPT-2 has them.
 
     Raises ValueError that names an array that GPT-2 does not have.
     """
-    if unknown := sorted(ours.keys() - {name for name, _ in _names(config).values()}):
+    if unknown := sorted(arrays.keys() - {name for name, _ in _names(config).values()}):
         raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported")
     lacking = tuple(bias for switch, bias in BIASES.items() if not getattr(config, switch))
     return {
-        theirs if theirs == HEAD else PREFIX + theirs: np.zeros(shape, np.float32)
+        hf_name if hf_name == HEAD else PREFIX + hf_name: np.zeros(shape, np.float32)
         if name.endswith(lacking)
-        else ours[name]
-        for theirs, (name, shape) in _names(config).items()
+        else arrays[name]
+        for hf_name, (name, shape) in _names(config).items()
     }
 
 
@@ -186,5 +186,5 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     sizes = {"V": config.vocab_size, "T": config.context_length, "D": width, "3D": 3 * width, "4D": 4 * width}
     rows = [row for row in TABLE if not (config.tied_head and row[1] == HEAD)]
     for layer in range(config.n_layers):
-        rows += [(f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}", axes) for ours, theirs, axes in TABLE_OF_A_BLOCK]
-    return {theirs: (ours, tuple(sizes[axis] for axis in axes.split())) for ours, theirs, axes in rows}
+        rows += [(f"blocks.{layer}.{name}", f"h.{layer}.{hf_name}", axes) for name, hf_name, axes in TABLE_OF_A_BLOCK]
+    return {hf_name: (name, tuple(sizes[axis] for axis in axes.split())) for name, hf_name, axes in rows}

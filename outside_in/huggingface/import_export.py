@@ -43,9 +43,9 @@ def import_run(source: str, target: Path) -> int:
     config = gpt2_names.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
     if tokenizer.is_gpt2(config.vocab_size):
         check_vocabulary(folder)
-    theirs, metadata = open_weights(folder)
-    arrays = gpt2_names.import_weights(theirs, config, str(folder))
-    if "model.json" in metadata:  # we have exported it
+    hf_arrays, metadata = open_weights(folder)
+    arrays = gpt2_names.import_weights(hf_arrays, config, str(folder))
+    if "model.json" in metadata:  # an export of this program
         original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
         arrays, config = gpt2_names.without_zero_biases(arrays, config, original)
     with atomic_directory(target) as staging:
@@ -96,8 +96,8 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if found := detect_wrong_content(folder / file):
             raise ValueError(f"{folder / file}: expected a safetensors file, got {found}")
         more = load_weights(folder / file)
-        if twice := sorted(arrays.keys() & more.keys()):
-            raise ValueError(f"{folder / file}: has {twice[0][:100]!r}, which another file has too")
+        if duplicates := sorted(arrays.keys() & more.keys()):
+            raise ValueError(f"{folder / file}: has {duplicates[0][:100]!r}, which another file has too")
         arrays |= more
     return arrays, read_metadata(folder / min(files))
 
@@ -113,14 +113,14 @@ def shards(index: Path) -> set[str]:
 
 def check_vocabulary(folder: Path) -> None:
     """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
-    ours = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
+    expected = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
     for name in (VOCABULARY, TOKENIZER):
         if not (folder / name).exists():
             continue
-        theirs = read_json(folder / name, MAX_INDEX_BYTES)
+        found = read_json(folder / name, MAX_INDEX_BYTES)
         if name == TOKENIZER:
-            theirs = theirs["model"].get("vocab") if isinstance(theirs.get("model"), dict) else None
-        if theirs != ours:
+            found = found["model"].get("vocab") if isinstance(found.get("model"), dict) else None
+        if found != expected:
             raise ValueError(f"{folder / name}: not GPT-2's vocabulary, the only one that is supported")
         return
     print(f"notice: {folder} has no vocabulary file; GPT-2's is assumed", file=sys.stderr)

@@ -34,11 +34,11 @@ def mean_loss(
     mesh = mesh or one_device()
     step = step or partial(eval_step, mesh=mesh)
     losses, counts = [], []
-    for number in range(0, stream.num_steps, mesh.devices.size):
+    for first in range(0, stream.num_steps, mesh.devices.size):
         jax.block_until_ready(losses[:-1])  # not far ahead of the device, so that a stop is heard
         if stop():
             return None
-        batch, count = _batch(stream, number, mesh)
+        batch, count = _batch(stream, first, mesh)
         losses.append(step(model, *batch))
         counts.append(count)
     known = [of_batch[:count] for of_batch, count in zip(jax.device_get(losses), counts)]
@@ -51,7 +51,7 @@ def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array
     Where the stream has ended, zeros follow.
     """
     devices = mesh.devices.size
-    batches = [stream.batch(number) for number in range(first, min(first + devices, stream.num_steps))]
+    batches = [stream.batch(i) for i in range(first, min(first + devices, stream.num_steps))]
     inputs_MT, targets_MT = (
         np.concatenate([part.reshape(-1, part.shape[-1]) for part in side]) for side in zip(*batches)
     )
@@ -91,7 +91,7 @@ def windowed_losses(
     """
     length, num_targets = model.config.context_length, len(tokens) - 1
     stride = stride or length
-    starts = [number * stride for number in range(num_windows(num_targets, length, stride))]
+    starts = [i * stride for i in range(num_windows(num_targets, length, stride))]
 
     def counted(losses_BT: jax.Array, batch: list[int]) -> np.ndarray:
         return np.concatenate(
@@ -132,11 +132,11 @@ def completion_losses(
     Of what is longer than the model's context, the end is taken. Texts of about one length are best given together: a
     batch is padded to its longest, in multiples of `multiple`.
     """
-    most = model.config.context_length + 1
+    max_length = model.config.context_length + 1
     pending = list(texts)
     for batch in (pending[i : i + rows_per_batch] for i in range(0, len(pending), rows_per_batch)):
-        whole = [(context + completion)[-most:] for context, completion in batch]
-        width = min(most - 1, -(-max(len(text) - 1 for text in whole) // multiple) * multiple)
+        whole = [(context + completion)[-max_length:] for context, completion in batch]
+        width = min(max_length - 1, -(-max(len(text) - 1 for text in whole) // multiple) * multiple)
         tokens = np.zeros((rows_per_batch, width + 1), np.int32)
         for row, text in zip(tokens, whole):
             row[: len(text)] = text

@@ -109,9 +109,9 @@ def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     return logits_BV
 
 
-def _padded(length: int, most: int) -> int:
+def _padded(length: int, max_length: int) -> int:
     """Round a length up to a power of two, so that few shapes are compiled."""
-    return min(most, max(MIN_SIZE, 1 << (length - 1).bit_length()))
+    return min(max_length, max(MIN_SIZE, 1 << (length - 1).bit_length()))
 
 
 class TextEnds(NamedTuple):
@@ -159,18 +159,18 @@ def decode(
 ) -> tuple[Cache, jax.Array]:
     """Choose `count` tokens after the ends of the texts; returns (B, TOKENS_PER_CALL)."""
     sampling, seed, stop_id = choice
-    numbers_B = jnp.arange(len(ends.last))
+    samples_B = jnp.arange(len(ends.last))
 
-    def add(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def add(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         cache, last_B, ended_B, tokens_BC = carry
-        logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, ends.position + number)
+        logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, ends.position + i)
         if sampling.temperature is None:
             chosen_B = logits_BV.argmax(axis=-1)
         else:
-            keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + number))(numbers_B)
+            keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + i))(samples_B)
             chosen_B = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BV, sampling))
         chosen_B = jnp.where(ended_B, stop_id, chosen_B).astype(jnp.int32)
-        return cache, chosen_B, ended_B | (chosen_B == stop_id), tokens_BC.at[:, number].set(chosen_B)
+        return cache, chosen_B, ended_B | (chosen_B == stop_id), tokens_BC.at[:, i].set(chosen_B)
 
     tokens_BC = jnp.zeros((len(ends.last), TOKENS_PER_CALL), jnp.int32)
     cache, _, _, tokens_BC = jax.lax.fori_loop(0, count, add, (cache, ends.last, ends.ended, tokens_BC))
@@ -193,5 +193,5 @@ def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.
     return model.unembed(hidden_B1D)[:, 0].astype(jnp.float32), new
 
 
-def _key(seed: jax.Array, sample: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), number)
+def _key(seed: jax.Array, sample: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), i)

@@ -82,8 +82,8 @@ def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> 
     length = model.config.context_length
     if args.stride and args.stride > length:
         raise ValueError(f"--stride: expected at most the context, {length:,} tokens, got {args.stride:,}")
-    most = num_windows(len(tokens) - 1, length, args.stride or length)
-    windows = min(args.batch or max(1, TOKENS_PER_BATCH // length), most)
+    max_windows = num_windows(len(tokens) - 1, length, args.stride or length)
+    windows = min(args.batch or max(1, TOKENS_PER_BATCH // length), max_windows)
     parts = []
     with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
         for part in windowed_losses(model, tokens, stride=args.stride, windows_per_batch=windows):
@@ -128,9 +128,9 @@ def hellaswag(path: Path, model: GPTModel, questions: list[Question]) -> dict[st
         print(f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated")
     right = np.zeros(2, int)
     with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
-        for number, per_token, whole in answer(model, questions):
+        for i, per_token, whole in answer(model, questions):
             check_finite(path, whole)
-            right += np.array([per_token.argmin(), whole.argmin()]) == questions[number].label
+            right += np.array([per_token.argmin(), whole.argmin()]) == questions[i].label
             bar.update()
     share, unnormalized = (right / len(questions)).tolist()
     error = (share * (1 - share) / (len(questions) - 1)) ** 0.5 if len(questions) > 1 else None

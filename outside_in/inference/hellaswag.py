@@ -56,11 +56,11 @@ def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np
         [(tokenizer.encode(question.context), tokenizer.encode(" " + ending)) for ending in question.endings]
         for question in questions
     ]
-    order = sorted(range(len(questions)), key=lambda number: max(len(c) + len(e) for c, e in ids[number]))
-    losses = completion_losses(model, (text for number in order for text in ids[number]))
-    for number in order:
-        of_endings = [next(losses) for _ in ids[number]]
-        yield number, np.array([x.mean() for x in of_endings]), np.array([x.sum() for x in of_endings])
+    order = sorted(range(len(questions)), key=lambda i: max(len(c) + len(e) for c, e in ids[i]))
+    losses = completion_losses(model, (text for i in order for text in ids[i]))
+    for i in order:
+        of_endings = [next(losses) for _ in ids[i]]
+        yield i, np.array([x.mean() for x in of_endings]), np.array([x.sum() for x in of_endings])
 
 
 def count_longer(questions: list[Question], context_length: int) -> int:
@@ -73,8 +73,8 @@ def count_longer(questions: list[Question], context_length: int) -> int:
 
 def _rows(path: Path) -> Generator[tuple[str, Any]]:
     with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            where = f"{path}: line {number:,}"
+        for i, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            where = f"{path}: line {i:,}"
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
@@ -99,8 +99,8 @@ def _hub_rows() -> Generator[tuple[str, Any]]:
     except Exception as error:  # of a dozen kinds
         message = " ".join(str(error).split())[:300]
         raise ValueError(f"{HUB_DATASET}: could not be fetched from the Hub ({message}); use a .jsonl file") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{HUB_DATASET}: row {number:,}", row
+    for i, row in enumerate(rows, start=1):
+        yield f"{HUB_DATASET}: row {i:,}", row
 
 
 def _question(row: Any, where: str) -> Question:

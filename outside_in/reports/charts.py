@@ -62,10 +62,8 @@ def draw_loss(
         axes.axvline(
             best_step, color="black", linestyle="--", linewidth=1, label=f"best: {best:.3f} at step {best_step:,}"
         )
-        for number, (name, value) in enumerate((reference_losses or {}).items()):
-            axes.axhline(
-                value, color="gray", linestyle=(":", "-.")[number % 2], linewidth=1, label=f"{name} {value:.2f}"
-            )
+        for i, (name, value) in enumerate((reference_losses or {}).items()):
+            axes.axhline(value, color="gray", linestyle=(":", "-.")[i % 2], linewidth=1, label=f"{name} {value:.2f}")
         if min(lows) > 0 and max(highs) / min(lows) > LOG_SCALE_FROM:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -112,10 +110,10 @@ def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
 
     colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
     with _figure(path, "dots: validation; thin lines: training, smoothed", "loss (nats per token)", x_label) as axes:
-        for number, curve in enumerate(curve for curve in curves if curve.training):
-            color = colors(number % colors.N)
+        for i, curve in enumerate(curve for curve in curves if curve.training):
+            color = colors(i % colors.N)
             window = -(-len(curve.training) // SMOOTH_POINTS)
-            groups = [curve.training[i : i + window] for i in range(0, len(curve.training), window)]
+            groups = [curve.training[at : at + window] for at in range(0, len(curve.training), window)]
             means = [sum(loss for _, loss in group) / len(group) for group in groups]
             axes.plot([group[-1][0] for group in groups], means, color=color, linewidth=0.8, alpha=0.6)
             axes.plot(

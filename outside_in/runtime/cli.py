@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise SystemExit(USAGE)
 
 
-class _LastingStream:
+class _TolerantStream:
     """Output that does not end the program: on a full disk it is lost, and also when its reader has left.
 
     As `tee` does with the Ctrl-C that stops the training.
@@ -42,17 +42,17 @@ class _LastingStream:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._pass_over(error)
+            self._tolerate(error)
             return len(text)
 
-    def flush(self, *, finally_: bool = False) -> None:
+    def flush(self, *, is_last: bool = False) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._pass_over(error, for_good=finally_)
+            self._tolerate(error, is_last=is_last)
 
-    def _pass_over(self, error: OSError, *, for_good: bool = False) -> None:
-        if for_good or error.errno in (errno.EPIPE, errno.EIO):  # nobody reads what is still to come
+    def _tolerate(self, error: OSError, *, is_last: bool = False) -> None:
+        if is_last or error.errno in (errno.EPIPE, errno.EIO):  # nobody reads what is still to come
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -69,8 +69,8 @@ def run(
     args = parser.parse_args(arguments)
     warnings.showwarning = _show_warning
     log.set_up()
-    output: Any = _LastingStream(sys.stdout)
-    errors: Any = _LastingStream(sys.stderr)
+    output: Any = _TolerantStream(sys.stdout)
+    errors: Any = _TolerantStream(sys.stderr)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             code = main(args)
@@ -79,8 +79,8 @@ def run(
             code = INTERRUPTED
         except Exception as error:
             code = report_error(error, debug=args.debug)
-        output.flush(finally_=True)
-        errors.flush(finally_=True)
+        output.flush(is_last=True)
+        errors.flush(is_last=True)
     raise SystemExit(code)
 
 

@@ -20,7 +20,7 @@ OPTIONS = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_compilation_cache_max_size": 2**30,  # bytes; JAX drops what was not read for longest
 }
-COMPLAINT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(\w+)'")
+CACHE_WARNING = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(\w+)'")
 
 
 def enable_compilation_cache() -> None:
@@ -65,15 +65,15 @@ def drop_corrupt_entries(folder: Path) -> None:
 
     Only its first complaint is shown: a full disk would cause one for each program.
     """
-    show, complaints = warnings.showwarning, itertools.count()
+    show, seen = warnings.showwarning, itertools.count()
 
-    def show_and_mend(*warning: Any, **options: Any) -> None:
-        if complaint := COMPLAINT.match(str(warning[0])):
+    def show_and_drop_entry(*warning: Any, **options: Any) -> None:
+        if match := CACHE_WARNING.match(str(warning[0])):
             with contextlib.suppress(OSError):
-                for entry in folder.glob(f"{complaint[1]}-*"):
+                for entry in folder.glob(f"{match[1]}-*"):
                     entry.unlink(missing_ok=True)
-            if next(complaints):
+            if next(seen):
                 return
         show(*warning, **options)
 
-    warnings.showwarning = show_and_mend
+    warnings.showwarning = show_and_drop_entry

@@ -19,10 +19,10 @@ def initialize_devices() -> str:
     JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
     """
     enable_compilation_cache()
-    complaints: list[str] = []
+    messages: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        complaints.append(record.getMessage())
+        messages.append(record.getMessage())
         return "xla_cuda" not in record.getMessage()
 
     logger = logging.getLogger("jax._src.xla_bridge")
@@ -35,7 +35,7 @@ def initialize_devices() -> str:
         logger.removeFilter(keep)
     device = devices[0]
     if device.platform == "cpu":
-        no_driver = any("cuda" in line for line in complaints)
+        no_driver = any("cuda" in line for line in messages)
         return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
     return f"running on {device.device_kind}"
 

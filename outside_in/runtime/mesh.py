@@ -29,9 +29,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count, fsdp = len(devices), config.fsdp
     data = count // fsdp if config.data == -1 else config.data
-    least = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
-    if (config.data == -1 and count % fsdp) or not least <= data * fsdp <= count:
-        divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+    min_devices = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
+    if (config.data == -1 and count % fsdp) or not min_devices <= data * fsdp <= count:
+        divisors = ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
         raise ValueError(
             f"mesh: data={config.data} and fsdp={fsdp} do not fit the {counted(count, 'device')} here "
             f"(divisors: {divisors}); data=-1 takes what fsdp leaves"
@@ -53,9 +53,9 @@ def local_sequence_slice(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
     """Say which sequences of a microbatch over all devices are this process's; None when all are."""
     if jax.process_count() == 1:
         return None
-    ours = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
-    assert ours == list(range(ours[0], ours[-1] + 1)), "a process's devices follow one another"
-    return ours[0] * per_device, (ours[-1] + 1) * per_device
+    local = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    assert local == list(range(local[0], local[-1] + 1)), "a process's devices follow one another"
+    return local[0] * per_device, (local[-1] + 1) * per_device
 
 
 def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -94,6 +94,6 @@ def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
         return lines
     for name, shape in shapes.items():
         axis = next((axis for axis, part in enumerate(array_spec(shape, mesh)) if part), None)
-        told = "whole on every device" if axis is None else f"axis {axis} over fsdp"
-        lines.append(f"        {name} {list(shape)}: {told}")
+        layout = "whole on every device" if axis is None else f"axis {axis} over fsdp"
+        lines.append(f"        {name} {list(shape)}: {layout}")
     return lines

@@ -35,10 +35,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         options = torchrun
     where = options.get("coordinator_address", "an address that the environment names")
     remedy = "start all of them, and check --coordinator HOST:PORT, --processes and --process"
-    complaint = f"--distributed: the processes did not meet at {where} within {START_SECONDS} s"
+    problem = f"--distributed: the processes did not meet at {where} within {START_SECONDS} s"
 
     def give_up() -> None:  # before JAX does, which would end this process with a trace of C++
-        print(f"error: {complaint}; {remedy}", file=sys.stderr, flush=True)
+        print(f"error: {problem}; {remedy}", file=sys.stderr, flush=True)
         os._exit(2)  # the user can mend it
 
     timer = threading.Timer(START_SECONDS, give_up)
@@ -52,8 +52,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             shutdown_timeout_seconds=SILENT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise ValueError(f"{complaint} ({told}); {remedy}") from None
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"{problem} ({message}); {remedy}") from None
     finally:
         timer.cancel()
 
@@ -64,7 +64,7 @@ def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:
     if not all(name in environment for name in names):
         return {}
     address, port, processes, process, local = (environment[name] for name in names)
-    if not all(number.isdecimal() for number in (port, processes, process, local)):
+    if not all(value.isdecimal() for value in (port, processes, process, local)):
         raise ValueError(f"--distributed: expected numbers in {', '.join(names[1:])}, as torchrun sets them")
     return {
         "coordinator_address": f"{address}:{int(port) + 1}",
@@ -96,36 +96,36 @@ def propagate_errors() -> Iterator[None]:
     except Exception as error:
         failure = error
     if is_distributed():
-        number = failure.errno or OTHER_ERROR if isinstance(failure, OSError) else OTHER_ERROR
-        numbers = multihost_utils.process_allgather(np.array(number if failure is not None else 0))
-        if failure is None and numbers.any():
-            first = int(np.flatnonzero(numbers)[0])
+        code = failure.errno or OTHER_ERROR if isinstance(failure, OSError) else OTHER_ERROR
+        codes = multihost_utils.process_allgather(np.array(code if failure is not None else 0))
+        if failure is None and codes.any():
+            first = int(np.flatnonzero(codes)[0])
             who = f"process {first} of {jax.process_count()} failed"
-            if numbers[first] != OTHER_ERROR:
-                raise OSError(int(numbers[first]), f"{who}: {os.strerror(int(numbers[first]))}")
+            if codes[first] != OTHER_ERROR:
+                raise OSError(int(codes[first]), f"{who}: {os.strerror(int(codes[first]))}")
             raise RuntimeError(f"{who}; its output says why")
     if failure is not None:
         raise failure
 
 
-def all_max(number: int) -> int:
+def all_max(value: int) -> int:
     """Return the largest number that any of the processes has."""
-    return start_all_max(number)()
+    return start_all_max(value)()
 
 
-def start_all_max(number: int) -> Callable[[], int]:
+def start_all_max(value: int) -> Callable[[], int]:
     """Start to find the largest number that any process has; the function that this returns waits for it."""
     if not is_distributed():
-        return lambda: number
+        return lambda: value
     sharding = NamedSharding(Mesh(np.array(jax.devices()), "device"), PartitionSpec("device"))
-    numbers = np.full(jax.local_device_count(), number, np.uint32)
-    largest = _max(jax.make_array_from_process_local_data(sharding, numbers))
-    return lambda: int(largest.addressable_data(0))
+    values = np.full(jax.local_device_count(), value, np.uint32)
+    maximum = _max(jax.make_array_from_process_local_data(sharding, values))
+    return lambda: int(maximum.addressable_data(0))
 
 
 @jax.jit
-def _max(numbers: jax.Array) -> jax.Array:
-    return numbers.max()
+def _max(values: jax.Array) -> jax.Array:
+    return values.max()
 
 
 def device_put_global(array: Any, sharding: Any) -> jax.Array:
@@ -136,11 +136,11 @@ def device_put_global(array: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
 
 
-def on_main_process(do: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+def on_main_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """Call a function in the main process only; where it fails, all processes fail."""
     with propagate_errors():
         if is_main_process():
-            do(*arguments, **options)
+            function(*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -163,13 +163,13 @@ def broadcast(value: Any) -> Any:
 
 def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError that names the first key in which this process's configs, by file, differ from the first's."""
-    for file, theirs in broadcast({file: dict(config) for file, config in configs.items()}).items():
-        ours = json.loads(json.dumps(dict(configs[file])))
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
+    for file, expected in broadcast({file: dict(config) for file, config in configs.items()}).items():
+        local = json.loads(json.dumps(dict(configs[file])))
+        for key in sorted(local.keys() | expected.keys()):
+            if local.get(key) != expected.get(key):
                 raise ValueError(
-                    f"{file}: {key} is {json.dumps(ours.get(key))} in process {jax.process_index()}, but "
-                    f"{json.dumps(theirs.get(key))} in process 0; all need the same files"
+                    f"{file}: {key} is {json.dumps(local.get(key))} in process {jax.process_index()}, but "
+                    f"{json.dumps(expected.get(key))} in process 0; all need the same files"
                 )
 
 

@@ -25,15 +25,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_distributed = False
-        self.signal_number: int | None = None
-        self._agreed_number: int | None = None
+        self.received_signal: int | None = None
+        self._agreed_signal: int | None = None
         self._wants_save = threading.Event()
         self._agreed_save = threading.Event()
 
     def pending_signal(self) -> int:
         """Return the number of the signal that this process would have all of several act upon, or 0."""
-        if number := self.pending_stop():
-            return number
+        if signum := self.pending_stop():
+            return signum
         if self.is_distributed and self._wants_save.is_set():
             self._wants_save.clear()
             return signal.SIGUSR1
@@ -41,12 +41,12 @@ class StopRequest:
 
     def pending_stop(self) -> int:
         """Return the same, leaving out checkpoints that are asked for."""
-        return self.signal_number or 0 if self.is_distributed else 0
+        return self.received_signal or 0 if self.is_distributed else 0
 
     def apply(self, agreed: int) -> None:
         """Act upon the signal that all processes have agreed upon, at a step at which all know it; 0 is none."""
         if agreed in STOPPING:
-            self._agreed_number = agreed
+            self._agreed_signal = agreed
         elif agreed:
             self._agreed_save.set()
 
@@ -61,14 +61,14 @@ class StopRequest:
         return wanted
 
     def __bool__(self) -> bool:
-        return (self._agreed_number if self.is_distributed else self.signal_number) is not None
+        return (self._agreed_signal if self.is_distributed else self.received_signal) is not None
 
     @property
     def exit_code(self) -> int:
         """128 + the signal: 130 after Ctrl-C, 143 after SIGTERM."""
-        number = self._agreed_number or self.signal_number
-        assert number is not None
-        return 128 + number
+        signum = self._agreed_signal or self.received_signal
+        assert signum is not None
+        return 128 + signum
 
 
 @contextlib.contextmanager
@@ -87,27 +87,27 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
                 request.ask_to_save()
             if received[0] not in STOPPING:
                 continue
-            if request.signal_number is not None:
+            if request.received_signal is not None:
                 if received[0] == signal.SIGHUP:  # a closed terminal sends it, and `uv run` passes it on once more
                     continue
                 announce(second_message)
                 os._exit(request.exit_code)
-            request.signal_number = received[0]
+            request.received_signal = received[0]
             announce(first_message)
 
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first: none is missed
     handled = [*STOPPING, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
         handled.remove(signal.SIGHUP)
-    previous = {number: signal.signal(number, lambda *_: None) for number in handled}
+    previous = {signum: signal.signal(signum, lambda *_: None) for signum in handled}
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous_descriptor)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
         writer.close()  # ends the thread
         thread.join()
         reader.close()

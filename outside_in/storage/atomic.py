@@ -100,6 +100,7 @@ def os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if number := SYSTEM_ERROR.search(str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        if match := SYSTEM_ERROR.search(str(error)):
+            code = int(match[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise

@@ -65,15 +65,13 @@ def read(path: Path, until: int | None = None) -> list[Record]:
         raise ValueError(f"{path}: expected a file of metrics, got a folder or a device; move it away")
     records = []
     with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+        for i, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                 break  # torn
             try:
                 records.append(_parse(line))
             except (ValueError, OverflowError, RecursionError):
-                raise ValueError(
-                    f"{path}: line {number} is not a metrics record; restore it or delete the file"
-                ) from None
+                raise ValueError(f"{path}: line {i} is not a metrics record; restore it or delete the file") from None
             if until is not None and records[-1]["global_step"] >= until:
                 break
     return [record for record in records if until is None or record["global_step"] <= until]
@@ -84,8 +82,8 @@ def _parse(line: bytes) -> Record:
     is_too_long = not line.endswith(b"\n")
     if is_too_long or type(record) is not dict or type(record.get("global_step")) is not int:
         raise ValueError
-    numbers = [value for value in record.values() if value is not None]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    values = [value for value in record.values() if value is not None]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise ValueError
     return record
 

@@ -48,14 +48,14 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
             raise RecursionError
         if isinstance(content, dict):
             return content
-        complaint = f"expected a JSON object {{…}}, got {JSON_NAMES[type(content)]}"
+        problem = f"expected a JSON object {{…}}, got {JSON_NAMES[type(content)]}"
     except json.JSONDecodeError as error:
-        complaint = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        problem = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     except RecursionError:
-        complaint = "nested too deeply"
+        problem = "nested too deeply"
     except ValueError as error:
-        complaint = str(error)
-    raise ValueError(f"{source}: {complaint}")
+        problem = str(error)
+    raise ValueError(f"{source}: {problem}")
 
 
 def _levels(value: Any) -> int:

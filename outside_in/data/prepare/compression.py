@@ -39,7 +39,7 @@ def open_compressed(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
 
 def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
     """Decompress all frames of a zstd file; raises EOFError when the last one breaks off."""
-    decompressor = needed("zstandard").ZstdDecompressor(max_window_size=2**31)
+    decompressor = require("zstandard").ZstdDecompressor(max_window_size=2**31)
     frame = None
     while content := raw.read(BLOCK_BYTES):
         while content:
@@ -71,7 +71,7 @@ class _Chunks(io.RawIOBase):
         return count
 
 
-def needed(module: str) -> Any:
+def require(module: str) -> Any:
     try:
         return __import__(module)
     except ImportError:

@@ -143,15 +143,15 @@ def _option_texts(options: dict[str, Any]) -> Iterator[str]:
 
 def _differences(recorded: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
     """Warn of every number in `data.json` that the token files have otherwise, or that they do not have."""
-    said, counted = (content.get("splits", {}) | {"leakage": content.get("leakage")} for content in (recorded, facts))
+    old, new = (content.get("splits", {}) | {"leakage": content.get("leakage")} for content in (recorded, facts))
     for part in (*SPLITS, "leakage"):
-        if said.get(part) and not counted.get(part):
+        if old.get(part) and not new.get(part):
             yield f"WARNING {DESCRIPTION}: has numbers of {part}, but there is no validation file"
-        for name, value in (counted.get(part) or {}).items():
-            if not _same((said.get(part) or {}).get(name, value), value):
+        for name, value in (new.get(part) or {}).items():
+            if not _same((old.get(part) or {}).get(name, value), value):
                 yield (
-                    f"WARNING {DESCRIPTION}: {part} has {name} {_number(said[part][name])}, the token files have "
-                    f"{_number(value)}; they are not those that were prepared"
+                    f"WARNING {DESCRIPTION}: {part} has {name} {_format(old[part][name])}, the token files have "
+                    f"{_format(value)}; they are not those that were prepared"
                 )
 
 
@@ -178,7 +178,7 @@ def _leakage_line(leaked: dict[str, Any]) -> str:
     )
 
 
-def _number(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) else _printable(value)

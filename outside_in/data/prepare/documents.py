@@ -1,6 +1,7 @@
 """Documents out of files of text, JSON lines or Parquet, plain or compressed, and out of datasets of the Hub."""
 
 import codecs
+import itertools
 import json
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, Self
 
-from outside_in.data.prepare.compression import BLOCK_BYTES, COMPRESSED, needed, open_compressed
+from outside_in.data.prepare.compression import BLOCK_BYTES, COMPRESSED, require, open_compressed
 
 TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
 MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
@@ -53,11 +54,11 @@ class File:
         with open_compressed(self.path) as (raw, content):
             kind = _kind(self.path)
             read = _lines if kind in LINES else _rows if kind in TABLE else _texts
-            number = 0
-            for number, text in enumerate(read(self.path, content, reading), start=1):
-                if number > skip:
+            count = 0
+            for count, text in enumerate(read(self.path, content, reading), start=1):
+                if count > skip:
                     yield text, raw.tell()
-        if not number:
+        if not count:
             raise ValueError(f"{self.path}: expected documents, got none; leave it out")
 
 
@@ -102,7 +103,7 @@ class HubDataset:
 
     def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
         """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
-        datasets = needed("datasets")
+        datasets = require("datasets")
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(
@@ -111,8 +112,8 @@ class HubDataset:
         except Exception as error:  # of any library below
             raise self._unavailable(error) from error
         size = 0
-        for number, row in enumerate(rows.skip(skip), start=skip + 1):
-            text = _text_of(row, reading.field, f"{self.name}: row {number:,}")
+        for i, row in enumerate(rows.skip(skip), start=skip + 1):
+            text = _text_of(row, reading.field, f"{self.name}: row {i:,}")
             size += len(text.encode("utf-8", "surrogatepass"))
             yield text, size
 
@@ -171,14 +172,14 @@ def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a field of the JSON object in each line."""
     position = 0
-    for number in range(1, 2**63):
+    for i in itertools.count(1):
         line = content.readline(MAX_DOCUMENT_BYTES + 1)
         if not line:
             return
-        where = f"{path}: line {number:,}"
+        where = f"{path}: line {i:,}"
         if len(line) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"{where}: expected at most {MAX_DOCUMENT_BYTES // 2**20} MiB in a line; split it")
-        text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, position, reading)
+        text = _decoded(line.removeprefix(codecs.BOM_UTF8) if i == 1 else line, path, position, reading)
         position += len(line)
         if not text.strip():
             continue
@@ -195,7 +196,7 @@ def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 
 def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a column of a Parquet table, which needs a file to jump about in."""
-    needed("pyarrow")
+    require("pyarrow")
     import pyarrow
     from pyarrow import parquet
 
@@ -209,14 +210,14 @@ def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
         names = table.schema_arrow.names
         if reading.field not in names:
             raise ValueError(f"{path}: no column {reading.field!r}; --field takes one of {_listed(names)}")
-        number = 0
+        rows = 0
         try:
             for batch in table.iter_batches(ROWS, columns=[reading.field]):
                 for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield _text_of({reading.field: text}, reading.field, f"{path}: row {number:,}")
+                    rows += 1
+                    yield _text_of({reading.field: text}, reading.field, f"{path}: row {rows:,}")
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: damaged after row {number:,} ({str(error)[:200]}); fetch it again") from None
+            raise ValueError(f"{path}: damaged after row {rows:,} ({str(error)[:200]}); fetch it again") from None
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:

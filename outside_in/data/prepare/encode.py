@@ -51,26 +51,26 @@ def batches(
     def submit(source: int, bytes_read: int, texts: list[str]) -> Batch:
         pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
         last = len(pieces) - 1
-        futures = [pool.submit(_tokenize, part, special_tokens, i == last) for i, part in enumerate(pieces)]
+        futures = [pool.submit(_tokenize, part, special_tokens, j == last) for j, part in enumerate(pieces)]
         return Batch(source, bytes_read, sum(map(len, texts)), [_digest(text) for text in texts], futures)
 
-    for number in range(first, len(sources)):
+    for i in range(first, len(sources)):
         texts: list[str] = []
         characters = bytes_read = 0
-        for text, bytes_read in sources[number].documents(reading, skip if number == first else 0):
+        for text, bytes_read in sources[i].documents(reading, skip if i == first else 0):
             if len(text) > PIECE_CHARACTERS:
                 if texts:
-                    yield submit(number, bytes_read, texts)
-                yield submit(number, bytes_read, [text])
+                    yield submit(i, bytes_read, texts)
+                yield submit(i, bytes_read, [text])
                 texts, characters = [], 0
                 continue
             texts.append(text)
             characters += len(text) + 100  # for very short ones
             if characters > BATCH_CHARACTERS:
-                yield submit(number, bytes_read, texts)
+                yield submit(i, bytes_read, texts)
                 texts, characters = [], 0
         if texts:
-            yield submit(number, bytes_read, texts)
+            yield submit(i, bytes_read, texts)
 
 
 def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:

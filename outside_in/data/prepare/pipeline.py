@@ -30,7 +30,7 @@ from outside_in.storage.atomic import fsync
 from outside_in.storage.strict_json import read_json
 from outside_in.storage.text import counted
 
-SECONDS_BETWEEN_NOTES = 10
+SECONDS_BETWEEN_SAVES = 10
 
 
 class Preparation:
@@ -94,7 +94,7 @@ class Preparation:
             )
         self.goes_on = self.progress.documents > 0
         self.splits = SPLITS if self.options.validation else SPLITS[:1]
-        self._noted = time.monotonic()
+        self._saved_at = time.monotonic()
         if (self.folder / DESCRIPTION).exists():  # it only lacks its name
             return
         for split in self.splits:
@@ -139,7 +139,7 @@ class Preparation:
                         self.progress.all_read = True
                         break
                     show(batch.bytes_read, self)
-                    if time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
+                    if time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES:
                         self.save_progress()
                 else:
                     self.progress.all_read = True
@@ -190,7 +190,7 @@ class Preparation:
         if self._seen:
             self._seen.commit()
         _write_json(self.folder / PROGRESS_FILE, asdict(self.progress))
-        self._noted = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def finish(self, show: Callable[[int], None]) -> dict[str, Any]:
         """Complete the token files and `data.json`, and give the folder its name; returns what `data.json` says.

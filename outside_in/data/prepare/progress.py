@@ -42,8 +42,8 @@ def pinned(source: Source, progress_file: Path) -> Source:
     if isinstance(source, File):
         return source
     try:
-        noted = read_json(progress_file, MAX_BYTES)["command"]["sources"]
-        versions = {each["name"]: each["version"] for each in noted}
+        saved = read_json(progress_file, MAX_BYTES)["command"]["sources"]
+        versions = {each["name"]: each["version"] for each in saved}
     except (ValueError, KeyError, TypeError):
         versions = {}
     return source.at(versions[source.name]) if source.name in versions else source.at(source.newest_revision())

@@ -10,17 +10,17 @@ from typing import Any
 
 
 class SeenDocuments:
-    """The documents that were there before, on the disk: their digests, and the number of the first of each."""
+    """The documents that were there before, on the disk: their digests, and the index of the first of each."""
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path)
         self._do("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
 
-    def add(self, digest: bytes, number: int) -> bool:
-        """Return whether document `number` is the first of its kind, also when it was added before a kill."""
-        self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, number)
+    def add(self, digest: bytes, index: int) -> bool:
+        """Return whether document `index` is the first of its kind, also when it was added before a kill."""
+        self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, index)
         [first] = self._do("SELECT first FROM seen WHERE digest = ?", digest).fetchone()
-        return first == number
+        return first == index
 
     def commit(self) -> None:
         with _full_disk_as_elsewhere():
