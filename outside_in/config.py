@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,8 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from outside_in.storage.strict_json import parse_object, read_text, shortened
 from outside_in.storage.text import counted
-
-MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
 OnResume = Literal["fatal", "announced", "free"]
 

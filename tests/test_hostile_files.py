@@ -297,9 +297,9 @@ def test_a_hostile_model_json_in_a_weights_file_is_refused(kind, template, weigh
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(weights, monkeypatch):
-    monkeypatch.setattr(load, "MEMORY_BYTES", weights.stat().st_size)
+    monkeypatch.setattr(load, "memory_bytes", lambda: weights.stat().st_size)
     load_saved_model(weights)
-    monkeypatch.setattr(load, "MEMORY_BYTES", weights.stat().st_size - 1)
+    monkeypatch.setattr(load, "memory_bytes", lambda: weights.stat().st_size - 1)
     assert "this machine's memory" in line_of(weights, load_saved_model, weights)
 
 
@@ -555,7 +555,7 @@ def test_a_hostile_token_file_is_refused(kind, tmp_path):
 def test_tokens_that_do_not_fit_into_memory_are_refused_and_a_part_of_them_is_not(tmp_path, monkeypatch):
     path = tmp_path / "train.safetensors"
     path.write_bytes(packed(tokens_header(), bytes(200)))
-    monkeypatch.setattr("outside_in.data.token_files.MEMORY_BYTES", 100)
+    monkeypatch.setattr("outside_in.data.token_files.memory_bytes", lambda: 100)
     assert load_tokens(path, VOCAB_SIZE, 10, 20).size == 20
     assert "this machine's memory" in line_of(path, load_tokens, path, VOCAB_SIZE)
 

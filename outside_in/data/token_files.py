@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from outside_in.config import MEMORY_BYTES
 from outside_in.data.tokenizer import END_OF_TEXT
+from outside_in.runtime.machine import memory_bytes
 from outside_in.storage.safetensors_file import open_tensors
 
 HEADER_BYTES = 128  # its length, 8 bytes, included
@@ -62,7 +62,7 @@ def read_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
         raise ValueError(
             f"{path}: expected at least {max(start + 1, stop):,} tokens, got {available:,}; use fewer tokens"
         )
-    if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > MEMORY_BYTES:  # U16: 16 bits
+    if (stop - start) * int(tensor.get_dtype()[1:]) // 8 > memory_bytes():  # U16: 16 bits
         raise ValueError(f"{path}: {stop - start:,} tokens do not fit into this machine's memory; use fewer tokens")
     ids = tensor[start:stop]
     _check_ids(path, ids, vocab_size, start)

@@ -8,13 +8,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from model import GPTModel, create_model
-from outside_in.config import MEMORY_BYTES, ModelConfig, TrainConfig
+from outside_in.config import ModelConfig, TrainConfig
 from outside_in.data.loader import Batch
 from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.cli import is_out_of_device_memory
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
+from outside_in.runtime.machine import memory_bytes
 from outside_in.runtime.mesh import array_shardings, make_mesh
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import Compiled, compile_train_step
@@ -24,7 +25,7 @@ def bytes_available() -> float:
     """Return how much memory JAX may use on the device (on a CPU the machine's); infinity when it does not say."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return MEMORY_BYTES
+        return memory_bytes()
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
@@ -88,9 +89,9 @@ def largest_microbatch(
 
 def as_json(config: TrainConfig) -> str:
     """Return the keys of `train.json` that say how the sequences of a global step are divided."""
-    keys = ["microbatch_size", "gradient_accumulation_steps"] + ["microbatches_per_call"] * bool(
-        config.microbatches_per_call
-    )
+    keys = ["microbatch_size", "gradient_accumulation_steps"]
+    if config.microbatches_per_call:
+        keys.append("microbatches_per_call")
     return ", ".join(f'"{key}": {getattr(config, key)}' for key in keys)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from checkpointing import MODEL_FILE
 from model import GPTModel, abstract_model
-from outside_in.config import MEMORY_BYTES, ModelConfig, parse_config
+from outside_in.config import ModelConfig, parse_config
+from outside_in.runtime.machine import memory_bytes
 from outside_in.storage import manifest
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.weights import load_model, load_weights, read_model_json
@@ -26,8 +27,8 @@ def load_saved_model(path: Path) -> GPTModel:
         )
     if config.n_layers > max(num_arrays, MAX_SHARED_LAYERS):
         raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")
-    if path.stat().st_size > MEMORY_BYTES:
-        raise ValueError(f"{path}: expected at most {MEMORY_BYTES:,} bytes, this machine's memory, got more")
+    if path.stat().st_size > memory_bytes():
+        raise ValueError(f"{path}: expected at most {memory_bytes():,} bytes, this machine's memory, got more")
     model = abstract_model(config)
     load_model(path, model)
     manifest.check_alone(path)

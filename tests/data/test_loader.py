@@ -10,9 +10,9 @@ import pytest
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config, tiny_train_config
 from safetensors.numpy import save_file
 
-from outside_in.config import MEMORY_BYTES
 from outside_in.data.loader import TokenStream, fingerprint, load_tokens, open_streams, unigram_entropy
 from outside_in.data.token_files import HEADER_BYTES, TokenWriter, count_tokens
+from outside_in.runtime.machine import memory_bytes
 
 K, B, T = 4, 2, 3
 STEPS = 5
@@ -350,7 +350,7 @@ def test_the_unigram_entropy_is_that_of_the_formula(counts, entropy):
 def test_a_token_file_larger_than_memory_gives_the_range_that_is_asked_for(tmp_path):
     path = tmp_path / "train.safetensors"
     writer = TokenWriter(path)
-    writer.num_tokens = 2 * MEMORY_BYTES // 2  # twice the memory, all of it a hole in the file
+    writer.num_tokens = 2 * memory_bytes() // 2  # twice the memory, all of it a hole in the file
     writer.finish()
     with path.open("r+b") as file:
         file.truncate(HEADER_BYTES + 2 * writer.num_tokens)
