@@ -27,13 +27,12 @@ from outside_in.reports import markdown
 from outside_in.runtime import cli
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
-from outside_in.training.loop import ABOUT_TO_STEP
+from outside_in.storage.text import counted
 
 TRAIN = Path(__file__).with_name("train.py")
 PHASES = ("starting", "stepping", "saving")
 CHECKPOINTS = 10  # in a twin's run
 POLL = 0.001  # seconds
-STARTED = b"--- started\n"  # in the log, before each process
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
                 rows = compare(alone, killed)
     print(*kill_table(kills), "", *comparison_table(rows), "", sep="\n")
     different = [name for name, _, difference in rows if difference]
-    print(f"{'different' if different else 'identical'} after {len(kills)} kill{'s' * (len(kills) > 1)}")
+    print(f"{'different' if different else 'identical'} after {counted(len(kills), 'kill')}")
     return cli.FAILED if different else cli.DONE
 
 
@@ -91,8 +90,6 @@ def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
 def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
     """Run `train.py` on a run folder, out of reach of our own Ctrl-C; it never outlives the block."""
     with run.path.with_suffix(".log").open("ab") as log:
-        log.write(STARTED)
-        log.flush()
         process = subprocess.Popen([sys.executable, TRAIN, run.path], stdout=log, stderr=log, start_new_session=True)
     try:
         yield process
@@ -101,10 +98,9 @@ def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def has_begun(run: RunDirectory) -> bool:
-    """Whether the newest process has loaded its checkpoint and is about to step."""
-    newest = run.path.with_suffix(".log").read_bytes().rpartition(STARTED)[2]
-    return ABOUT_TO_STEP.encode() in newest
+def last_write(path: Path) -> int:
+    """Return when a file was last written, in nanoseconds; 0 when it does not exist."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def train_to_the_end(run: RunDirectory) -> None:
@@ -148,9 +144,10 @@ def train_and_kill(
     """
     done = []
     for target, phase in zip(sorted(rng.randrange(steps) for _ in plan), plan):
+        before = last_write(run.metrics)
         with training(run) as process:
-            if phase != "starting":
-                wait_for(process, lambda: has_begun(run))  # what is left of the one before is gone then
+            if phase != "starting":  # a process that has loaded its checkpoint cuts the metrics after it
+                wait_for(process, lambda before=before: last_write(run.metrics) != before)
                 wait_for(process, lambda step=target: steps_done(run) >= step)
             if phase == "saving":
                 wait_for(process, lambda: is_saving(run))

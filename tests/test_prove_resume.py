@@ -1,6 +1,7 @@
 """`prove_resume.py`: kills that a run must survive, and differences that it must find."""
 
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ from helpers import complaint
 import checkpointing
 import prove_resume
 from checkpointing import HostCopy, find_checkpoints
+from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -114,13 +116,14 @@ def test_a_difference_is_the_verdict_and_exit_code_1(prove, make_run, monkeypatc
     assert "| parameters | 3 arrays | 1 differ, such as a |" in finished.stdout
 
 
-def test_a_process_has_begun_when_it_says_so_itself_not_the_one_before(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    log = run.path.with_suffix(".log")
-    log.write_bytes(prove_resume.STARTED + b"compiling the training step\n" + prove_resume.STARTED + b"running\n")
-    assert not prove_resume.has_begun(run)
-    log.write_bytes(log.read_bytes() + b"12:00  compiling the training step\n")
-    assert prove_resume.has_begun(run)
+def test_a_process_that_resumes_or_steps_writes_the_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert prove_resume.last_write(path) == 0
+    for write in (lambda: metrics.append(path, []), lambda: metrics.cut_after(path, 0)):
+        write()
+        assert prove_resume.last_write(path) > 1
+        os.utime(path, ns=(1, 1))
+        assert prove_resume.last_write(path) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,6 @@ from outside_in.training.checkpoint_writer import CheckpointWriter
 from outside_in.training.monitor import StepMonitor
 from outside_in.training.state import TrainState, write_metrics_if_possible
 
-ABOUT_TO_STEP = "compiling the training step"  # logged when everything is loaded; prove_resume.py waits for it
-
 
 class StartedStep(NamedTuple):
     """A global step whose reports are still on the device."""
@@ -100,7 +98,7 @@ def next_batch(state: TrainState) -> tuple[list[Batch], int]:
 
 def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compiled:
     """Compile the training step; raises ValueError, with what would fit, when the device has too little memory."""
-    log.info(ABOUT_TO_STEP)
+    log.info("compiling the training step")
     state.time_budget.switch("compiling")
     step = compile_train_step(state.model, state.optimizer, batch, seed_key, state.config, state.mesh)
     memory.check(step, state.model_config, state.config)
