@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) -> int:
-    if preparation.goes_on:
+    if preparation.progress.documents:
         log.info(f"resuming after {preparation.progress.documents:,} documents")
     sizes = [source.size_bytes or 0 for source in preparation.sources]
     with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
@@ -47,40 +47,38 @@ class Preparation:
         }
         if not self.folder.exists():
             check_space(out, self.sources, options.limit_tokens, copies=2 if options.shuffle else 1)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("w")
         self._seen: SeenDocuments | None = None
         self.writers: dict[str, TokenWriter] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder / LOCK, out)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.folder / PROGRESS_FILE).exists():
-                self._wipe()  # what was not noted yet
-            try:
-                self._go_on()
-            except ValueError:
-                if not overwrite:
-                    raise
-                self._wipe()
-                self._go_on()
-        except BlockingIOError:
-            self.close()
-            raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
+            self._resume_or_start(overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _wipe(self) -> None:
-        """Forget what was done: the note of it first, since the others mean nothing without it."""
-        for file in (*self.writers.values(), self._seen):
-            if file:
-                file.close()
+    def _resume_or_start(self, overwrite: bool) -> None:
+        """Resume what an earlier process has saved; with `overwrite`, start over where that is impossible."""
+        if not (self.folder / PROGRESS_FILE).exists():
+            self._clear()  # what an earlier process has not saved
+        try:
+            self._resume()
+        except ValueError:
+            if not overwrite:
+                raise
+            self._clear()
+            self._resume()
+
+    def _clear(self) -> None:
+        """Remove all files; the progress goes first, since the others mean nothing without it."""
+        self._close_files()
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.unlink()
 
-    def _go_on(self) -> None:
-        """See how far an earlier process has come, and cut the token files to that; raises ValueError if impossible."""
+    def _resume(self) -> None:
+        """Read the progress, and cut the token files to it; raises ValueError if that is impossible."""
         self.progress = Progress(self.command)
         if (self.folder / PROGRESS_FILE).exists():
             try:
@@ -92,7 +90,6 @@ class Preparation:
                 f"{self.out}: was started with other {difference(self.progress.command, self.command)}; "
                 "type the same command again, or start over with --overwrite"
             )
-        self.goes_on = self.progress.documents > 0
         self.splits = SPLITS if self.options.validation else SPLITS[:1]
         self._saved_at = time.monotonic()
         if (self.folder / DESCRIPTION).exists():  # it only lacks its name
@@ -106,8 +103,12 @@ class Preparation:
             self._seen = SeenDocuments(self.folder / "seen.sqlite")
 
     def close(self) -> None:
-        """Leave the folder to others, as it is."""
-        for file in (*self.writers.values(), self._seen, self._lock):
+        """Close all files, and release the lock."""
+        self._close_files()
+        self._lock.close()
+
+    def _close_files(self) -> None:
+        for file in (*self.writers.values(), self._seen):
             if file:
                 file.close()
 
@@ -256,6 +257,17 @@ class Preparation:
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
             "leakage": find_leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
         }
+
+
+def lock(path: Path, out: Path) -> TextIO:
+    """Lock a file for this process. Raises ValueError, naming `out`, when another process holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
+    return file
 
 
 def _sha256(source: Source) -> str | None:
