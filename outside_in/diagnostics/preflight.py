@@ -24,8 +24,9 @@ BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
 def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
     """Print what a run will be and need: `--check`."""
     print(initialize_devices())
-    available, leaked = tokens_available(config), leaked_share(config)
-    print(*describe(run, model_config, config, available, leaked, make_mesh(config.mesh)), sep="\n")
+    available, leaked, mesh = tokens_available(config), leaked_share(config), make_mesh(config.mesh)
+    memory = estimate_memory(model_config, config, mesh)
+    print(*describe(run, model_config, config, available, leaked, mesh), memory, sep="\n")
 
 
 def describe(
@@ -74,13 +75,14 @@ def describe(
     if leaked_share is not None:
         lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, according to data.json")
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
-    lines.append(_memory(model, train, parameters, mesh.shape[FSDP]))
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
 
 
-def _memory(model: ModelConfig, train: TrainConfig, parameters: int, fsdp: int) -> str:
-    """Estimate a device's memory: the state exactly, the activations of a microbatch as an upper guess."""
+def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> str:
+    """Return a line that estimates a device's memory: the state exactly, activations as an upper bound."""
+    fsdp = (mesh or one_device()).shape[FSDP]
+    parameters = sum(map(math.prod, parameter_shapes(model).values()))
     spread = 3 + (train.microbatches_per_call is not None)  # parameters, two moments; MultiSteps' accumulator
     copies = 1 + spread / fsdp + (fsdp > 1)  # and whole: the gradient, and what is gathered of the parameters
     copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean

@@ -11,7 +11,7 @@ from helpers import tiny_model_config, tiny_train_config
 
 from model import GPTModel
 from outside_in.config import ModelConfig, TrainConfig
-from outside_in.diagnostics.preflight import describe
+from outside_in.diagnostics.preflight import describe, estimate_memory
 from outside_in.optimizer import make_optimizer
 from outside_in.storage.run_directory import RunDirectory
 
@@ -60,7 +60,7 @@ def test_the_reference_run_is_described_in_its_published_numbers(run):
 @pytest.mark.parametrize(("decay_on", "decaying"), [("all", 163_009_536), ("matrices", 162_915_840)])
 def test_it_says_how_many_parameters_decay(run, decay_on, decaying):
     line = line_of("decay", describe(run, REFERENCE_MODEL, reference_train(weight_decay_on=decay_on), None))
-    assert line == f"decay   0.01 of {decaying:,} of 163,009,536 parameters"
+    assert line == f"decay   0.01 on {decaying:,} of 163,009,536 parameters"
 
 
 def test_epochs_multiply_steps_and_tokens(run):
@@ -99,10 +99,10 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_a_warning(run, monkeypa
     assert f"{free_gib}.0 GiB free" in line
 
 
-def test_memory_holds_at_least_parameters_moments_and_gradient(run):
+def test_memory_holds_at_least_parameters_moments_and_gradient():
     def gib(config):
         one_layer = SHELL.model_copy(update={"n_layers": 1})
-        return float(re.search(r"about ([\d.]+) GiB", line_of("memory", describe(run, one_layer, config, None)))[1])
+        return float(re.search(r"memory  about ([\d.]+) GiB", estimate_memory(one_layer, config))[1])
 
     assert gib(reference_train()) > 4 * 4 * SHELL_PARAMETERS / GIB
     assert gib(reference_train()) < gib(reference_train(microbatch_size=12))
@@ -111,7 +111,7 @@ def test_memory_holds_at_least_parameters_moments_and_gradient(run):
 
 def test_validation_that_is_trained_on_is_told_where_it_is_known(run):
     lines = describe(run, SHELL, reference_train(), None, 0.1234)
-    assert line_of("data", lines) == "data    12.3% of validation occurs in the training tokens, by data.json"
+    assert line_of("data", lines) == "data    12.3% of validation occurs in the training tokens, according to data.json"
     assert not [line for line in describe(run, SHELL, reference_train(), None) if line.startswith("data")]
 
 
