@@ -1,11 +1,12 @@
 """Train a run, or resume it: `uv run train.py runs/NAME`.
 
-JAX takes seconds to import: what needs it is imported where it is needed, so that usage errors show at once.
+JAX takes seconds to import, so what needs it is imported late: usage errors show at once.
 """
 
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import traceback
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from outside_in.config import ModelConfig, TrainConfig, load_config
 from outside_in.runtime import cli
-from outside_in.runtime.log import be_quiet, is_quiet, log
+from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest
 from outside_in.runtime.timing import TimeBudget
 from outside_in.storage.run_directory import RunDirectory, find_runs
@@ -32,13 +33,18 @@ def main(args: argparse.Namespace) -> int:
     if args.no_compilation_cache:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # which JAX reads when it is imported
     if args.run is None:
-        return list_runs()
+        from outside_in.training.setup import list_runs
+
+        return list_runs(RUNS)
     run = RunDirectory(args.run)
     run.check()
     runs = find_runs(args.run)
     stop = StopRequest()
     if args.distributed:
-        join_processes(args, stop)
+        from outside_in.runtime.processes import join
+
+        join(args.coordinator, args.processes, args.process)
+        stop.is_distributed = True
     if run.train_config.exists() or not runs:
         return train_one(run, args, stop)
     return train_all(runs, args, stop)
@@ -69,16 +75,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--process: expected a number from 0 to --processes - 1, got {args.process} of {args.processes}"
         )
-
-
-def join_processes(args: argparse.Namespace, stop: StopRequest) -> None:
-    """Meet the other processes of a run; all but the main one are quiet from now on."""
-    from outside_in.runtime.processes import is_main_process, join
-
-    join(args.coordinator, args.processes, args.process)
-    stop.is_distributed = True
-    if not is_main_process():
-        be_quiet()
 
 
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
@@ -130,28 +126,12 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
         if stop or code >= cli.INTERRUPTED:  # also when saving failed then
             return code
         failed |= code != cli.DONE
-    if any(run.metrics.exists() for run in runs) and not args.mode and not is_quiet():
+    if any(run.metrics.exists() for run in runs) and not args.mode and log.isEnabledFor(logging.INFO):
         from outside_in.reports.charts import COMPARISON
         from outside_in.reports.comparison import compare
 
         print(*compare(runs, "tokens", args.run / COMPARISON), sep="\n")
     return cli.FAILED if failed else cli.DONE
-
-
-def list_runs() -> int:
-    """Print a line for every run below `runs/`: new, at step N of M, or finished."""
-    from outside_in.training.setup import describe_progress
-
-    runs = find_runs(RUNS)
-    width = max((len(str(run.path)) for run in runs), default=0)
-    for run in runs:
-        try:
-            status = describe_progress(run)
-        except ValueError as error:
-            status = f"error: {error}"
-        print(f"{run.path!s:{width}}  {status}")
-    print("uv run train.py runs/NAME trains one, or resumes it")
-    return cli.DONE
 
 
 def make_parser() -> cli.ArgumentParser:

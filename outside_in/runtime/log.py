@@ -19,12 +19,3 @@ def set_up() -> None:
     log.handlers[:] = [_AboveTheProgressBar()]
     log.setLevel(logging.INFO)
     log.propagate = False
-
-
-def be_quiet() -> None:
-    """Print nothing from now on: the main process speaks for this one."""
-    log.setLevel(logging.CRITICAL)
-
-
-def is_quiet() -> bool:
-    return not log.isEnabledFor(logging.INFO)

@@ -6,6 +6,7 @@ the first of them alone writes files and speaks.
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from outside_in.runtime.log import log
 
 OTHER_ERROR = -1
 START_SECONDS = 60  # within which all processes must have come
@@ -56,6 +59,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise ValueError(f"{problem} ({message}); {remedy}") from None
     finally:
         timer.cancel()
+    if not is_main_process():
+        log.setLevel(logging.CRITICAL)
 
 
 def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from outside_in.data.run_length import total_steps, whole_steps
 from outside_in.data.sources import dataset_folder, dataset_revision
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import processes
+from outside_in.runtime.cli import DONE
 from outside_in.runtime.log import log
 from outside_in.runtime.mesh import local_sequence_slice, make_mesh, place
 from outside_in.runtime.timing import TimeBudget
 from outside_in.storage import manifest, samples
 from outside_in.storage.metrics import MetricsLog
-from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.run_directory import RunDirectory, find_runs
 from outside_in.training import resume_checks
 from outside_in.training.state import TrainState, forget_after, set_history_aside
 from outside_in.weights import load_model, read_model_json
@@ -69,6 +70,20 @@ def describe_progress(run: RunDirectory) -> str:
     if step == total:
         return "finished"
     return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
+
+
+def list_runs(folder: Path) -> int:
+    """Print a line for every run below a folder: new, at step N of M, or finished; return the exit code."""
+    runs = find_runs(folder)
+    width = max((len(str(run.path)) for run in runs), default=0)
+    for run in runs:
+        try:
+            status = describe_progress(run)
+        except ValueError as error:
+            status = f"error: {error}"
+        print(f"{run.path!s:{width}}  {status}")
+    print("uv run train.py runs/NAME trains one, or resumes it")
+    return DONE
 
 
 def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
