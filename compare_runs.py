@@ -15,7 +15,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
     runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
-    from outside_in.reports.comparison import compare  # which imports JAX: not for a usage error
+    from outside_in.reports.comparison import compare  # with JAX, which takes seconds to import: not for a usage error
 
     print(*compare(runs, args.x, args.output), sep="\n")
     return cli.DONE

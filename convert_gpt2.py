@@ -15,7 +15,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.target}: cannot be created: {above} is not a writable folder")
     if args.action == "import" and args.checkpoint:
         raise ValueError("--checkpoint: only for export")
-    from outside_in.huggingface.import_export import export_folder, import_run
+    from outside_in.huggingface.import_export import (  # with JAX, which takes seconds to import: not for a usage error
+        export_folder,
+        import_run,
+    )
 
     if args.action == "import":
         return import_run(args.source, args.target)

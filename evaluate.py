@@ -26,7 +26,7 @@ COLUMNS = {  # of the table: heading and form of what the JSON has under these n
 
 def main(args: argparse.Namespace) -> int:
     check(args)
-    from outside_in.inference.held_out import evaluate
+    from outside_in.inference.held_out import evaluate  # with JAX, which takes seconds to import: not for a usage error
 
     subject, rows = evaluate(args)
     if subject:

@@ -9,7 +9,9 @@ from outside_in.runtime import cli
 def main(args: argparse.Namespace) -> int:
     if len(args.paths) > 2:
         raise ValueError(f"expected one path or two, got {len(args.paths)}")
-    from outside_in.diagnostics.parameters import array_table
+    from outside_in.diagnostics.parameters import (
+        array_table,  # with JAX, which takes seconds to import: not for a usage error
+    )
     from outside_in.inference.load import find_weights
     from outside_in.storage import manifest
     from outside_in.weights import load_weights

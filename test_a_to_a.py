@@ -5,12 +5,8 @@ This is a program, not a pytest test.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from outside_in.runtime import cli
-
-if TYPE_CHECKING:
-    from model import GPTModel
 
 # The first verse of "The Rime of the Ancient Mariner", Samuel Taylor Coleridge, 1834.
 POEM = """It is an ancient Mariner,
@@ -20,7 +16,8 @@ Now wherefore stopp'st thou me?"""
 
 
 def main(args: argparse.Namespace) -> int:
-    from outside_in.data import tokenizer
+    from outside_in.data import tokenizer  # with JAX, which takes seconds to import: not for a usage error
+    from outside_in.inference.generation import likeliest_outputs
     from outside_in.inference.load import find_weights, load_saved_model
     from outside_in.runtime.devices import initialize_devices
 
@@ -33,22 +30,11 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.model}: only GPT-2's vocabulary is supported, got one of {model.config.vocab_size:,} ids"
         )
-    predicted = most_likely(model, token_ids)
+    predicted = likeliest_outputs(model, token_ids)
     print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
     matches = sum(token == output for token, output in zip(token_ids, predicted, strict=True))
     print(f"{matches} of {len(token_ids)} tokens map to themselves")
     return cli.DONE if matches == len(token_ids) else cli.FAILED
-
-
-def most_likely(model: "GPTModel", token_ids: list[int]) -> list[int]:
-    """Return the likeliest output at every position; a text longer than the context is read in pieces."""
-    import numpy as np
-    from flax import nnx
-
-    length = model.config.context_length
-    logits = nnx.jit(lambda model, tokens: model(tokens))
-    pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
-    return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
 
 
 def make_parser() -> cli.ArgumentParser:

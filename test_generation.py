@@ -13,7 +13,7 @@ from outside_in.runtime import cli
 
 def main(args: argparse.Namespace) -> int:
     check(args)
-    from outside_in.data import tokenizer
+    from outside_in.data import tokenizer  # with JAX, which takes seconds to import: not for a usage error
     from outside_in.inference.generation import Sampling, generate, stream
     from outside_in.inference.load import find_weights, load_saved_model
     from outside_in.runtime.devices import initialize_devices
@@ -36,21 +36,18 @@ def main(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     options = {"sampling": sampling, "seed": args.seed, "stop_id": stop_id}
     if args.samples == 1:
-        print_completion(
-            args.prompt, (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options)), stop_id
-        )
-    else:  # of several that come together, each can only be told when all are there
+        parts = (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options))
+        print_completion(args.prompt, tokenizer.decode_stream(parts, stop_id))
+    else:  # several come together, so each is printed when all are complete
         for completion in generate(model, prompt_ids, args.tokens, args.samples, **options):
-            print_completion(args.prompt, [completion.tolist()], stop_id)
+            print_completion(args.prompt, tokenizer.decode_stream([completion.tolist()], stop_id))
     return cli.DONE
 
 
-def print_completion(prompt: str, parts: Iterable[list[int]], stop_id: int | None) -> None:
-    """Print a prompt and the tokens that follow as they come, up to `<|endoftext|>` where they stop there."""
-    from outside_in.data import tokenizer
-
+def print_completion(prompt: str, texts: Iterable[str]) -> None:
+    """Print a prompt and the texts that follow as they come."""
     print(prompt, end="", flush=True)
-    for text in tokenizer.decode_stream(part[: part.index(stop_id)] if stop_id in part else part for part in parts):
+    for text in texts:
         print(text, end="", flush=True)
     print()
 

@@ -82,7 +82,7 @@ def test_a_signal_while_a_run_ends_keeps_the_next_one_from_starting(ladder):
 
 def test_a_run_that_fails_as_it_is_stopped_keeps_the_next_one_from_starting(call_program, ladder, monkeypatch):
     def cannot_save(state, stop, monitor):
-        stop.signal_number = signal.SIGTERM
+        stop.received_signal = signal.SIGTERM
         raise OSError("step 3 could not be saved")
 
     monkeypatch.setattr(run, "train", cannot_save)

@@ -7,6 +7,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 
@@ -44,8 +45,6 @@ def python_docs() -> dict[str, np.ndarray]:
 
 
 def _documentation() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
     yield from (topics[name] for name in sorted(topics))
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):

@@ -80,11 +80,15 @@ def decode(token_ids: list[int]) -> str:
     return gpt2_encoding().decode(token_ids, errors="replace")
 
 
-def decode_stream(parts: Iterable[list[int]]) -> Iterator[str]:
-    """Decode GPT-2 token ids as they come: a character appears when its last byte is there."""
+def decode_stream(parts: Iterable[list[int]], stop_id: int | None = None) -> Iterator[str]:
+    """Decode GPT-2 token ids as they come; `stop_id` and what follows it in a part are left out.
+
+    A character appears when its last byte is there.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token_ids in parts:
-        yield decoder.decode(gpt2_encoding().decode_bytes(token_ids))
+        kept = token_ids[: token_ids.index(stop_id)] if stop_id in token_ids else token_ids
+        yield decoder.decode(gpt2_encoding().decode_bytes(kept))
     yield decoder.decode(b"", final=True)
 
 

@@ -33,8 +33,10 @@ def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """Show the hashes after a global step; what did not change is marked."""
-    shown = (f"{name} {digest}{' (unchanged)' * (before.get(name) == digest)}" for name, digest in after.items())
-    return f"step {global_step:,}: {', '.join(shown)}"
+    marked = (
+        f"{name} {digest}{' (unchanged)' if before.get(name) == digest else ''}" for name, digest in after.items()
+    )
+    return f"step {global_step:,}: {', '.join(marked)}"
 
 
 def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], matrices: Collection[str]) -> None:

@@ -228,7 +228,8 @@ def download_model(source: str) -> Path:
                 raise  # the Hub cannot be asked
             return None
 
-    get(VOCABULARY) or get(TOKENIZER)
+    if not get(VOCABULARY):
+        get(TOKENIZER)
     if not get(WEIGHTS) and (index := get(INDEX)):
         for name in shards(index):
             get(name)

@@ -93,6 +93,14 @@ def stream(
         yield new
 
 
+def likeliest_outputs(model: GPTModel, token_ids: list[int]) -> list[int]:
+    """Return the likeliest output at every position; text longer than the context is read in pieces."""
+    length = model.config.context_length
+    logits = nnx.jit(lambda model, tokens: model(tokens))
+    pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
+    return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
+
+
 def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Return logits (B, V) at the temperature, and -inf for tokens that are not to be drawn."""
     assert sampling.temperature is not None, "the likeliest token is not drawn"

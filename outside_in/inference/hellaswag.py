@@ -86,7 +86,7 @@ def _rows(path: Path) -> Generator[tuple[str, Any]]:
 
 def _hub_rows() -> Generator[tuple[str, Any]]:
     try:
-        import datasets
+        import datasets  # an optional package
     except ImportError:
         raise ValueError(
             f"{HUB_DATASET}: needs the package datasets; use uv run --group prepare, or a .jsonl file"

@@ -42,7 +42,7 @@ def flops_per_token(model: ModelConfig) -> int:
     every position saw the whole context: the convention of nanoGPT and of PaLM, which flatters a causal model's MFU.
     """
     width = model.emb_dim
-    per_layer = (4 + 8 * model.feed_forward) * width**2  # query, key, value, output; two matrices of 4 · width
+    per_layer = (12 if model.feed_forward else 4) * width**2  # query, key, value, output; two matrices of 4 · width
     products = model.n_layers * per_layer + model.vocab_size * width
     return 6 * products + 12 * model.n_layers * width * model.context_length
 

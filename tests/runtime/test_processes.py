@@ -299,7 +299,7 @@ def test_the_processes_together_read_what_one_would(make_run, shuffle):
         inputs, targets = whole.batch(step)
         for side, joined in zip((inputs, targets), zip(*(part.batch(step) for part in parts))):
             np.testing.assert_array_equal(np.concatenate(joined, axis=1), side)
-    share = parts[0]._share(1)
+    share = parts[0]._local_windows(1)
     assert share.shape == (5, 2, 2, CONTEXT_LENGTH + 1) and share.dtype == np.uint16
     assert isinstance(parts[0].tokens, np.memmap)
 

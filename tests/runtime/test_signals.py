@@ -19,7 +19,7 @@ stop = StopRequest()
 with listening(stop, {FIRST!r}, {SECOND!r}):
     print("ready", flush=True)
     BODY
-print("block ended", stop.signal_number, flush=True)
+print("block ended", stop.received_signal, flush=True)
 sys.exit(stop.exit_code)
 """
 POLITE = "while not stop: time.sleep(0.01)"

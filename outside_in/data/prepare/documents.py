@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, Self
 
-from outside_in.data.prepare.compression import BLOCK_BYTES, COMPRESSED, require, open_compressed
+from outside_in.data.prepare.compression import BLOCK_BYTES, COMPRESSED, open_compressed, require
 
 TEXT, LINES, TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
 MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory, several times over
@@ -78,7 +78,7 @@ class HubDataset:
         """Ask the Hub for the newest commit; a local folder has none."""
         if Path(self.dataset).exists():
             return None
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi  # half a second, which local text does not need
 
         try:
             return HfApi().dataset_info(self.dataset).sha
@@ -197,7 +197,7 @@ def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
     """Yield a column of a Parquet table, which needs a file to jump about in."""
     require("pyarrow")
-    import pyarrow
+    import pyarrow  # an optional package
     from pyarrow import parquet
 
     with tempfile.TemporaryFile() as plain:
