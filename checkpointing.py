@@ -37,7 +37,7 @@ MODEL_FILE, OPTIMIZER_FOLDER, META_FILE = "model.safetensors", "optimizer", "met
 
 @dataclass(frozen=True, order=True)
 class Checkpoint:
-    """A committed checkpoint; their order is the order in which they were committed."""
+    """A committed checkpoint; they sort in the order of their commits."""
 
     path: Path
 
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What was saved beside the arrays. Raises ValueError when it is unreadable, or of another step."""
+        """Return what was saved beside the arrays. Raises ValueError when it is unreadable, or of another step."""
         meta = read_json(self.path / META_FILE)
         if meta.get("global_step", self.global_step) != self.global_step:
             raise ValueError(
@@ -59,12 +59,12 @@ class Checkpoint:
 
     @property
     def is_validated(self) -> bool:
-        """Whether it was validated and sampled when it was saved, as far as it says so."""
+        """Return whether it was validated and sampled when it was saved."""
         return self.meta.get("is_milestone", True)
 
     @property
     def is_best(self) -> bool:
-        """Whether it was the best when it was saved; False when its meta file is damaged."""
+        """Return whether it was the best when saved. False if meta.json is damaged."""
         try:
             return self.meta["is_best"] is True
         except (ValueError, KeyError, TypeError):
@@ -90,10 +90,9 @@ def _is_name(name: str) -> bool:
 
 
 def select_checkpoint(folder: Path, which: str | None) -> Checkpoint | None:
-    """Return the newest good checkpoint, or `which` ("best", "latest" or a name); None when there are none yet.
+    """Return the newest good checkpoint, or `which`; None without any.
 
-    Newer ones that are damaged are renamed, with a warning, so that they no longer count and can be looked at: only for
-    the holder of the run's lock.
+    `which` is "best", "latest" or a name. Newer, damaged ones are renamed, with a warning: only for the lock's holder.
     Raises ValueError when the one asked for is missing or damaged, or all are damaged, or one cannot be read just now.
     """
     checkpoints = find_checkpoints(folder)
@@ -136,7 +135,7 @@ def _set_aside(checkpoint: Checkpoint, error: ValueError) -> None:
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A model's parameters and its optimizer's state at one moment, by dot-joined paths; training may go on."""
+    """Copies of the parameters and the optimizer's state, by dot-joined paths."""
 
     weights: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]  # empty where `staging` has it already
@@ -149,9 +148,9 @@ def copy_to_host(model: nnx.Module, optimizer: nnx.Optimizer) -> HostCopy:
 
 
 def snapshot(folder: Path, model: nnx.Module, optimizer: nnx.Optimizer, global_step: int) -> HostCopy:
-    """Copy what a checkpoint holds; several processes write the optimizer's state to the disk at once.
+    """Copy what a checkpoint holds, while training waits.
 
-    To be called by all of them; `save` is the main process's alone.
+    Several processes write the optimizer's state here: all of them call this, and only the main one calls `save`.
     """
     if not processes.is_distributed():
         return copy_to_host(model, optimizer)
@@ -171,7 +170,7 @@ def _make_staging(folder: Path, staging: Path) -> None:
 
 
 def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
-    """Commit a checkpoint of `meta["global_step"]` and move the links `latest` and, when it is best, `best`.
+    """Commit a checkpoint of `meta["global_step"]`, and move the links.
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
@@ -212,9 +211,9 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-    """Put a verified checkpoint's arrays into a model and its optimizer.
+    """Load a verified checkpoint into a model and its optimizer.
 
-    Raises ValueError when names, shapes or dtypes differ from theirs; then both are as they were.
+    Raises ValueError when names, shapes or dtypes differ; then both are as they were.
     """
     path = checkpoint.path
     new_weights = fill_like(nnx.state(model), load_weights(path / MODEL_FILE), path / MODEL_FILE)
@@ -232,14 +231,14 @@ def load(checkpoint: Checkpoint, model: nnx.Module, optimizer: nnx.Optimizer) ->
 
 
 def read(checkpoint: Checkpoint) -> HostCopy:
-    """Read the arrays of a verified checkpoint, without a model to put them into."""
+    """Return the arrays of a verified checkpoint, without a model."""
     stored = load_weights(checkpoint.path / MODEL_FILE), _load_optimizer(checkpoint)
     weights, optimizer = ({name: np.asarray(array) for name, array in arrays.items()} for arrays in stored)
     return HostCopy(weights, optimizer)
 
 
 def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Load the optimizer's state on the host, whatever devices it was saved from."""
+    """Load the optimizer's state on the host, from any devices."""
     path = str((checkpoint.path / OPTIMIZER_FOLDER).absolute())
     stored: Any = ocp.metadata(path).metadata
     on_host: Any = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
@@ -248,7 +247,7 @@ def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints (None: all) and the newest best one."""
+    """Remove all but the `keep` newest checkpoints and the newest best one. With `keep` None, all stay."""
     checkpoints = find_checkpoints(folder)
     if keep is None or len(checkpoints) <= keep:
         return
@@ -261,17 +260,14 @@ def prune(folder: Path, keep: int | None) -> None:
 
 
 def repair_links_and_prune(folder: Path, keep: int | None = None) -> None:
-    """Do what a kill after a commit has left undone: both links, and pruning as `prune` does it.
-
-    Also removes what is half-written, so only for the holder of the run's lock.
-    """
+    """Remove what is half-written, repair the links, and prune; only for the lock's holder."""
     remove_staging(folder)
     _point_links(folder)
     prune(folder, keep)
 
 
 def remove_staging(folder: Path) -> None:
-    """Remove what a killed process left half-written, as far as others let it go; only for the lock's holder."""
+    """Remove what a killed process left half-written; only for the lock's holder."""
     for leftover in folder.glob(f"{STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

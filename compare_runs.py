@@ -1,4 +1,4 @@
-"""Several runs on one chart and in one Markdown table: `uv run compare_runs.py RUN…`."""
+"""Compare runs in a chart and a table: `uv run compare_runs.py RUN…`."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Import GPT-2's weights from Hugging Face, or export a run: `uv run convert_gpt2.py import|export SOURCE TARGET`."""
+"""Import or export GPT-2's weights: `uv run convert_gpt2.py import|export SOURCE TARGET`."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""How good is a model, or several, on the same held-out tokens? `uv run evaluate.py RUN_OR_CHECKPOINT…`."""
+"""Evaluate models on the same held-out tokens: `uv run evaluate.py RUN_OR_CHECKPOINT…`."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table of what is known."""
+    """Return the lines of a Markdown table. Columns without values are left out."""
     columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = []
     for row in rows:

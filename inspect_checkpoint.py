@@ -1,4 +1,4 @@
-"""Look at the parameters of a checkpoint, or at two side by side: `uv run inspect_checkpoint.py runs/NAME`."""
+"""Print a checkpoint's parameters, or compare two: `uv run inspect_checkpoint.py runs/NAME`."""
 
 import argparse
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Make token files out of text: `uv run prepare_data.py FOLDER --text FILES…`, or `--hub DATASET`.
+"""Make token files from text: `uv run prepare_data.py FOLDER --text FILES…`.
 
-Writes `train.safetensors`, `validation.safetensors` and `data.json` into the folder, which a run's `dataset` names.
+Or from a Hub dataset: `--hub DATASET`. Writes `train.safetensors`, `validation.safetensors` and `data.json` into the
+folder, which a run's `dataset` names.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
 
 
 def share(text: str) -> float:
-    """Read a share such as 1%, 0.01 or 0."""
+    """Parse a share such as 1%, 0.01 or 0."""
     value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
         raise ValueError

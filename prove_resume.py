@@ -1,8 +1,8 @@
-"""Prove that a run can be resumed: `uv run prove_resume.py runs/NAME --kills 20`.
+"""Prove that a run resumes exactly: `uv run prove_resume.py runs/NAME --kills 20`.
 
-A short twin of the run is trained in a scratch folder and left alone; another one is killed (SIGKILL) again and again,
-while starting, stepping and saving, and started again each time. At the end both must be the same, bit for bit. When it
-ends before all kills are done, one more is trained and killed.
+A short twin of the run is trained in a temporary folder, undisturbed. Another twin is killed (SIGKILL) again and again,
+while starting, stepping and saving, and resumed each time. At the end both must be the same, bit for bit. If it ends
+before all kills are done, one more is trained and killed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
-    """Write a run folder with the configs of `run`, `steps` global steps long, and a checkpoint every few steps."""
+    """Write a run folder with another run's configs, `steps` global steps long. It has a checkpoint every few steps."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     mesh = {"data": 1, "fsdp": config.mesh.fsdp}
     train = config.model_dump() | {
@@ -88,7 +88,10 @@ def write_twin(run: RunDirectory, folder: Path, steps: int) -> RunDirectory:
 
 @contextmanager
 def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `train.py` on a run folder, out of reach of our own Ctrl-C; it never outlives the block."""
+    """Run `train.py` on a run folder while the block runs.
+
+    Ctrl-C does not reach it, and it never outlives the block.
+    """
     with run.path.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen([sys.executable, TRAIN, run.path], stdout=log, stderr=log, start_new_session=True)
     try:
@@ -99,7 +102,7 @@ def training(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def last_write(path: Path) -> int:
-    """Return when a file was last written, in nanoseconds; 0 when it does not exist."""
+    """Return when a file was last written, in ns; 0 without one."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
@@ -116,7 +119,7 @@ def last_line(run: RunDirectory) -> str:
 
 
 def train_alone(run: RunDirectory) -> dict[str, float]:
-    """Train to the end; return the seconds that each phase took, at most."""
+    """Train to the end; return each phase's longest time in seconds."""
     started, first_step, saves = time.monotonic(), 0.0, [0.0]
     with training(run) as process:
         saving_since = None
@@ -138,9 +141,9 @@ def train_alone(run: RunDirectory) -> dict[str, float]:
 def train_and_kill(
     run: RunDirectory, plan: list[str], steps: int, seconds: dict[str, float], rng: random.Random, bar: tqdm
 ) -> list[Kill]:
-    """Start a run, kill it in the first phase of `plan`, start it again, and so on over its length; let it end.
+    """Kill a run in each phase of `plan`, then let it end.
 
-    A run that is faster than we are ends after fewer, or none.
+    The kills are spread over its length. A run that is too fast ends after fewer, or none.
     """
     done = []
     for target, phase in zip(sorted(rng.randrange(steps) for _ in plan), plan):
@@ -182,7 +185,10 @@ def is_saving(run: RunDirectory) -> bool:
 
 
 def compare(alone: RunDirectory, killed: RunDirectory) -> list[tuple[str, str, str]]:
-    """Compare two finished runs; a row is what was compared, how much of it there is, the first difference if any."""
+    """Compare two finished runs.
+
+    A row has what was compared, how much there is of it, and the first difference, or "".
+    """
     newest = [checkpointing.find_checkpoints(run.checkpoints)[-1] for run in (alone, killed)]
     for checkpoint in newest:
         checkpointing.verify(checkpoint)
@@ -237,7 +243,7 @@ def comparison_table(rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def count(text: str) -> int:
-    """Parse a number from 1 on."""
+    """Parse a number of at least 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)

@@ -1,4 +1,4 @@
-"""Smoke check on the command line: does a model map a text to itself? `uv run test_a_to_a.py PATH/model.safetensors`.
+"""Smoke check: does a model map a text to itself? `uv run test_a_to_a.py RUN`.
 
 This is a program, not a pytest test.
 """

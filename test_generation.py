@@ -1,4 +1,4 @@
-"""Completions of "Every effort moves you", or any prompt: `uv run test_generation.py PATH/model.safetensors`.
+"""Smoke check: complete a prompt: `uv run test_generation.py RUN`.
 
 This is a program, not a pytest test.
 """
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def print_completion(prompt: str, texts: Iterable[str]) -> None:
-    """Print a prompt and the texts that follow as they come."""
+    """Print a prompt and the texts that follow, as they come."""
     print(prompt, end="", flush=True)
     for text in texts:
         print(text, end="", flush=True)

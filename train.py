@@ -101,7 +101,7 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
 
 
 def lock(run: RunDirectory, args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Hold the run for this process, or for all of those that train it together."""
+    """Lock the run for this process, or for all that train it."""
     if not args.distributed:
         return run.lock()
     from outside_in.runtime.processes import held_by_main_process
@@ -110,7 +110,10 @@ def lock(run: RunDirectory, args: argparse.Namespace) -> contextlib.AbstractCont
 
 
 def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequest) -> int:
-    """Train the runs of a folder one after the other, and compare them; one that fails does not stop the others."""
+    """Train the runs of a folder in order, and compare them.
+
+    A run that fails does not stop the others. Returns the exit code.
+    """
     if args.from_checkpoint:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
     for run in runs:  # a typo in the last one should not show after hours

@@ -1,1 +1,1 @@
-"""The harness: on its top level the recipe of a training step, in its folders the machinery around it."""
+"""The harness: the recipe on its top level, machinery in its folders."""

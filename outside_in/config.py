@@ -1,4 +1,4 @@
-"""The two JSON files of a run: every key, its default, its limits, and what changing it means on resume."""
+"""The schema of `model.json` and `train.json`: keys, defaults, limits, class on resume."""
 
 import difflib
 import json
@@ -17,12 +17,12 @@ OnResume = Literal["fatal", "announced", "free"]
 
 
 def key(on_resume: OnResume, default: Any = ..., **limits: Any) -> Any:
-    """Declare a config key: its class on resume, its default (none: required) and its pydantic limits."""
+    """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits."""
     return Field(default, json_schema_extra={"on_resume": on_resume}, **limits)
 
 
 def _as_float32(value: float) -> float:
-    """Refuse what becomes 0, 1 or infinity as float32, in which it is used."""
+    """Refuse numbers that become 0, 1 or infinity as float32."""
     try:
         [single] = struct.unpack("<f", struct.pack("<f", value))
     except OverflowError:
@@ -33,7 +33,7 @@ def _as_float32(value: float) -> float:
 
 
 def _max_norm(value: float) -> float:
-    """Refuse what becomes 0; any large number will do, since no gradient's norm reaches it."""
+    """Refuse numbers that become 0 as float32. Large ones will do, since no gradient's norm reaches them."""
     return value if value > 1 else _as_float32(value)
 
 
@@ -42,18 +42,18 @@ MaxNorm = Annotated[float, AfterValidator(_max_norm)]
 
 
 class Config(BaseModel):
-    """What both files share: strict types, no unknown keys, immutable once built."""
+    """The base of both files: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def on_resume(cls, name: str) -> OnResume:
-        """Say whether a change of key `name` between two starts is fatal, announced or free."""
+        """Return whether changing key `name` is fatal, announced or free on resume."""
         return cls.model_fields[name].json_schema_extra["on_resume"]  # type: ignore[index]
 
 
 class ModelConfig(Config):
-    """`model.json`: the shape of the model and which of GPT-2's parts it has.
+    """`model.json`: the model's shape, and a switch for every part.
 
     `n_layers` 0 is the A-to-A shell: token embedding, un-embedding, and what the switches add.
     """
@@ -86,7 +86,7 @@ class ModelConfig(Config):
         return self.emb_dim // self.n_heads
 
     def warnings(self) -> list[str]:
-        """Name what is legal but slow or surprising."""
+        """List what is legal but slow or surprising."""
         if self.n_layers and (self.head_width % 8 or self.head_width > 128):
             return [
                 f"head width {self.head_width} (emb_dim / n_heads): cuDNN attention takes multiples of 8 up to 128, "
@@ -96,7 +96,10 @@ class ModelConfig(Config):
 
 
 class MeshConfig(Config):
-    """The axes of the mesh of devices: sequences are spread over both, parameters over `fsdp`; -1 takes the rest."""
+    """The axes of the device mesh.
+
+    Sequences are sharded over both, parameters over `fsdp`; -1 takes the devices that are left.
+    """
 
     data: int = key("free", -1, ge=-1)
     fsdp: int = key("free", 1, ge=1)
@@ -157,7 +160,7 @@ class TrainConfig(Config):
 
     @property
     def calls_per_step(self) -> int:
-        """Compiled calls per global step: K / A of the design."""
+        """Return the compiled calls per global step."""
         return self.gradient_accumulation_steps // (self.microbatches_per_call or self.gradient_accumulation_steps)
 
 
@@ -167,9 +170,9 @@ def tokens_per_global_step(model: ModelConfig, train: TrainConfig, devices: int 
 
 
 def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) -> TrainConfig:
-    """Return the config with as many microbatches as make `sequences` a global step on so many devices.
+    """Return the config with `sequences` per global step on `devices` devices.
 
-    Raises ValueError, with what would work, when none do.
+    Only the number of microbatches changes. Raises ValueError, with what would work, when none fits.
     """
     size = train.microbatch_size * devices
     if sequences % size:
@@ -189,10 +192,11 @@ def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) ->
 def steps_per_epoch(
     model: ModelConfig, train: TrainConfig, available_tokens: int | None = None, devices: int = 1
 ) -> int | None:
-    """Count the global steps of one epoch: `min_train_tokens` rounded up to whole global steps.
+    """Count the global steps of one epoch.
 
-    `available_tokens` (from `start_train_token` to the end of the data) is needed for `min_train_tokens` -1 only;
-    one token of it is the last target. Returns None when it is needed and not given.
+    That is `min_train_tokens` rounded up to whole global steps. If it is -1, `available_tokens` decides: those from
+    `start_train_token` to the end of the data, one of which is only a target. Returns None when they are needed and
+    unknown.
     """
     tokens_per_step = tokens_per_global_step(model, train, devices)
     if train.min_train_tokens != -1:
@@ -213,7 +217,10 @@ def load_config(path: Path, config_class: type[C]) -> C:
 
 
 def parse_config(text: str, config_class: type[C], source: str) -> C:
-    """Validate the text of a config, which must be strict JSON; `source` names it in errors (ValueError)."""
+    """Validate the text of a config, which must be strict JSON.
+
+    Raises ValueError; `source` names the text in its message.
+    """
     content = parse_object(text, source)
     try:
         return config_class(**content)

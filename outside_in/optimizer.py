@@ -1,8 +1,8 @@
-"""The optimizer: its schedule, its gradient transformation, and the only readers of its state.
+"""The optimizer: schedule, gradient transformation, and the only readers of its state.
 
 Reading inwards, one global step passes through
 
-    MultiSteps             averages the calls of a global step (only where `microbatches_per_call` is given)
+    MultiSteps             averages the calls of a global step (only if `microbatches_per_call` is set)
     inject_hyperparams     the learning rate, by the number of global steps, rejected ones included
     measure_norm           keeps the norm of the mean gradient; makes a gradient whose norm overflows not finite
     apply_if_finite        rejects the update when a gradient is not finite: no parameter and no moment changes
@@ -33,7 +33,10 @@ class NormState(NamedTuple):
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Rise linearly to the peak over `warmup_period_percent` of the run, then fall by a cosine to a tenth of it."""
+    """Return the schedule: linear warmup, then cosine decay to a tenth.
+
+    The warmup takes `warmup_period_percent` of the run.
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=START_FACTOR * config.learning_rate,
         peak_value=config.learning_rate,
@@ -44,7 +47,7 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
 
 
 def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> nnx.Optimizer:
-    """Build the optimizer of a run over all of the model's parameters."""
+    """Build the optimizer of a run, over all parameters of the model."""
 
     def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
         clip = optax.clip_by_global_norm(_max_norm(config))
@@ -59,7 +62,10 @@ def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> 
 
 
 def _max_norm(config: TrainConfig) -> float:
-    """Return the norm that gradients are clipped to, as a float32; without clipping the largest, which none exceeds."""
+    """Return the norm that gradients are clipped to, as a float32.
+
+    Without clipping it is the largest one, which no gradient exceeds.
+    """
     return min(config.clipping_max_norm or MAX_FLOAT32, MAX_FLOAT32)
 
 
@@ -68,9 +74,10 @@ def _are_matrices(params: Any) -> Any:
 
 
 def measure_norm() -> optax.GradientTransformation:
-    """Keep the global norm of the gradient; where it overflows, make the gradient not finite, so that it is rejected.
+    """Keep the gradient's global norm; reject a gradient whose norm overflows.
 
-    `clip_by_global_norm` alone would divide by infinity: an update of zeros, which nobody would notice.
+    It becomes NaN, so that `apply_if_finite` rejects the update. `clip_by_global_norm` alone would divide by infinity:
+    an update of zeros, which nobody would notice.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -84,10 +91,11 @@ def measure_norm() -> optax.GradientTransformation:
 
 
 def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.GradientTransformation:
-    """Average the gradients of `calls` calls, then update once: `optax.MultiSteps`, safe against NaN.
+    """Average the gradients of `calls` calls, then update once.
 
-    MultiSteps clears its accumulator by multiplying it with 0, and 0 · NaN is NaN: after one NaN no update would ever
-    be finite again. So every first call of a global step starts from zeros.
+    This is `optax.MultiSteps`, made safe against NaN. MultiSteps clears its accumulator by multiplying it with 0, and 0
+    · NaN is NaN: after one NaN no update would ever be finite again. So every first call of a global step starts from
+    zeros.
     """
     multi_steps = optax.MultiSteps(inner, every_k_schedule=calls)
 
@@ -100,7 +108,7 @@ def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.G
 
 
 class UpdateReport(NamedTuple):
-    """What the newest global step did to the parameters: scalars, on the device."""
+    """What the newest global step did: scalars, on the device."""
 
     learning_rate: Any  # the schedule's value for this global step
     gradient_norm: Any  # before clipping
@@ -111,7 +119,7 @@ class UpdateReport(NamedTuple):
 
 
 def update_report(optimizer: nnx.Optimizer, config: TrainConfig) -> UpdateReport:
-    """Read off an optimizer's state what its newest global step did."""
+    """Return what the newest global step did, from the optimizer's state."""
     state = nnx.as_pure(optimizer.opt_state)
     norm, is_accepted = (optax.tree.get(state, name) for name in ("gradient_norm", "last_finite"))
     return UpdateReport(

@@ -429,7 +429,7 @@ def test_where_nothing_was_saved_there_is_nothing_to_choose(tmp_path, make_folde
     if make_folder:
         folder.mkdir()
     assert select_checkpoint(folder, None) is None
-    with pytest.raises(ValueError, match="none yet"):
+    with pytest.raises(ValueError, match="available: none"):
         select_checkpoint(folder, "latest")
 
 

@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(train, make_run):
     (newest / "model.safetensors").write_bytes(b"damaged")
     finished = train(run)
     assert finished.returncode == 0
-    assert f"passing over a damaged checkpoint: {newest}/model.safetensors" in finished.stdout
+    assert f"skipping a damaged checkpoint: {newest}/model.safetensors" in finished.stdout
     assert_same(expected, final_state(run))
 
 
@@ -181,7 +181,7 @@ def test_other_training_tokens_are_refused(train, make_run, token_folder):
     tokens = load_file(token_folder / "train.safetensors")["tokens"]
     tokens[3] = (tokens[3] + 1) % 101
     save_file({"tokens": tokens}, token_folder / "train.safetensors")
-    assert "the train tokens are not the checkpoint's" in complaint(train(run, "--from", "best"))
+    assert "the train tokens differ from the checkpoint's" in complaint(train(run, "--from", "best"))
 
 
 def test_rejected_updates_in_a_row_end_the_run_with_the_last_good_parameters(train, make_run):

@@ -1,1 +1,1 @@
-"""Token files and the batches cut from them; where token files come from."""
+"""Token files, where they come from, and the batches cut from them."""

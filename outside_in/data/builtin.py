@@ -1,4 +1,4 @@
-"""The two token sets that need no download: every token, and the prose inside Python's standard library."""
+"""The built-in datasets: every token, and the prose in Python's standard library."""
 
 import ast
 import platform
@@ -20,7 +20,7 @@ NOT_PROSE = {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtlede
 
 
 def every_token() -> dict[str, np.ndarray]:
-    """Make seeded permutations of all GPT-2 token ids: the data of an A-to-A run.
+    """Make seeded permutations of all GPT-2 token ids, for A-to-A runs.
 
     Returns `train` and `validation`, each (num_tokens,), uint16.
     """
@@ -30,10 +30,11 @@ def every_token() -> dict[str, np.ndarray]:
 
 
 def python_docs() -> dict[str, np.ndarray]:
-    """Tokenize the documentation of the running Python's standard library: half a million tokens of English.
+    """Tokenize the documentation of the running Python's standard library.
 
-    Documents are language-reference topics and docstrings, whitespace collapsed, each once, shuffled by a fixed seed,
-    each followed by `<|endoftext|>`; 5% of them are for validation. Every Python version has a text of its own.
+    That is half a million tokens of English: language-reference topics and docstrings, whitespace collapsed, each once,
+    shuffled by a fixed seed, each followed by `<|endoftext|>`. 5% of them are for validation. The text differs from one
+    Python version to the next.
 
     Returns `train` and `validation`, each (num_tokens,), uint16.
     """

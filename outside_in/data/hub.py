@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: datasets and models downloaded whole, at one revision, and verified."""
+"""Downloads from the Hugging Face Hub, at one revision, verified."""
 
 import functools
 import hashlib
@@ -28,21 +28,24 @@ TOKEN_FILES = (TRAIN, "validation.safetensors")
 
 
 class HubFile(Config):
-    """What the Hub says of a file: its ETag is the SHA-256 of a large one (Git LFS), git's own SHA-1 of a small one."""
+    """The Hub's facts about a file.
+
+    The ETag is the SHA-256 of a large file (Git LFS), and git's SHA-1 of a small one.
+    """
 
     size: int  # bytes
     etag: str
 
 
 class HubSnapshot(Config):
-    """`hub.json`: the commit of a Hub dataset that a folder holds, or will once its download is complete."""
+    """`hub.json`: the commit and files of a Hub dataset."""
 
     revision: str
     files: dict[str, HubFile]
 
 
 def detect_wrong_content(path: Path) -> str | None:
-    """Name what is often found in a file's place after a download that went wrong; None when it is not there."""
+    """Name the wrong content that failed downloads often leave in a file. Returns None when there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(512).lstrip().lower()
@@ -54,13 +57,16 @@ def detect_wrong_content(path: Path) -> str | None:
 
 
 def missing(folder: Path) -> list[str]:
-    """Name what is still to be fetched, `train.safetensors` last: its presence says that the rest is there."""
+    """List the files still to be downloaded, `train.safetensors` last. So if that file is there, so are the others."""
     expected = load_config(folder / HUB_FILE, HubSnapshot).files if (folder / HUB_FILE).exists() else (TRAIN,)
     return [name for name in reversed(TOKEN_FILES) if name in expected and not (folder / name).exists()]
 
 
 def download_dataset(dataset: str, folder: Path) -> None:
-    """Fetch what a folder lacks of a Hub dataset, all of it at the revision at which the download began."""
+    """Download the missing files of a Hub dataset, all at one revision.
+
+    That is the newest when the download began. Raises ValueError when that fails.
+    """
     try:
         if is_offline_mode():
             lacking = " and ".join(missing(folder))
@@ -79,7 +85,7 @@ def download_dataset(dataset: str, folder: Path) -> None:
 
 
 def _look_up(dataset: str) -> HubSnapshot:
-    """Ask the Hub for the newest revision of a dataset, and what it says of the token files there."""
+    """Ask the Hub for a dataset's newest revision and its token files."""
     revision, files = None, {}
     for name in TOKEN_FILES:
         url = hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
@@ -97,7 +103,7 @@ def _look_up(dataset: str) -> HubSnapshot:
 
 
 def _begin(folder: Path, snapshot: HubSnapshot) -> None:
-    """Write down which revision a folder is to hold, before anything of it is fetched."""
+    """Record the revision of a download before it begins."""
     for path in (folder / name for name in snapshot.files):
         if path.exists():
             raise ValueError(f"{path} already exists, at an unknown revision; move it away")
@@ -105,9 +111,9 @@ def _begin(folder: Path, snapshot: HubSnapshot) -> None:
 
 
 def _fetch(dataset: str, snapshot: HubSnapshot, path: Path) -> None:
-    """Fetch a file, from where an earlier try has stopped; it gets its name when it is known to be the Hub's.
+    """Download a file, or the rest of it; rename it when verified.
 
-    The client's own `hf_hub_download` throws away what it has when it is interrupted.
+    The client's `hf_hub_download` throws away the partial file when it is interrupted.
     """
     expected, partial = snapshot.files[path.name], path.with_name(f"{path.name}.incomplete")
     url = hf_hub_url(dataset, path.name, repo_type="dataset", revision=snapshot.revision)
@@ -137,7 +143,7 @@ def _fetch(dataset: str, snapshot: HubSnapshot, path: Path) -> None:
 
 
 def _verify(path: Path, expected: HubFile) -> None:
-    """Raise ValueError unless a file is what the Hub says it is; remove it then, for the next try to begin afresh."""
+    """Raise ValueError unless a file is the Hub's. The file is then removed, so that the next attempt starts afresh."""
     size = path.stat().st_size
     if found := detect_wrong_content(path):
         mismatch = f"a safetensors file, got {found}"
@@ -152,7 +158,7 @@ def _verify(path: Path, expected: HubFile) -> None:
 
 
 def _checksum(path: Path, etag: str) -> str:
-    """Compute the checksum of a file that an ETag of the Hub is, in hexadecimal."""
+    """Return a file's checksum, in hexadecimal, of the ETag's kind."""
     if re.fullmatch("[0-9a-f]{64}", etag):
         start = hashlib.sha256
     elif re.fullmatch("[0-9a-f]{40}", etag):
@@ -167,7 +173,7 @@ def _checksum(path: Path, etag: str) -> str:
 
 
 def error_message(error: Exception, kind: str = "dataset") -> str:
-    """Say in one line why the Hub's client failed, and what helps."""
+    """Return one line: why the Hub's client failed, and what helps."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         if "authorization" in build_hf_headers():

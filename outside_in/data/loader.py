@@ -1,4 +1,4 @@
-"""Token files in host RAM, and the rule that turns a step number into arrays."""
+"""Token files in host memory, and the batch of every global step."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take m
 
 
 class Batch(NamedTuple):
-    """What one compiled call consumes: A microbatches of one global step."""
+    """The input of one compiled call: A microbatches of one global step."""
 
     inputs: Any  # (A, B, T), uint16
     targets: Any  # (A, B, T), uint16
@@ -29,14 +29,14 @@ BATCH_SPECS = Batch(PartitionSpec(None, AXES), PartitionSpec(None, AXES), Partit
 
 
 def load_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None = None) -> jax.Array:
-    """Load tokens as `token_files.read_tokens` does, (count,), uint16, and commit them to host memory."""
+    """Load tokens into host memory; see `token_files.read_tokens`. Returns (count,), uint16."""
     ids = read_tokens(path, vocab_size, start, count).astype(np.uint16, copy=False)
     return jax.device_put(ids, jax.local_devices(backend="cpu")[0])
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens of one split that a run uses; `calls(step)` is a pure function of this and the step."""
+    """The tokens of one split that a run uses. `calls(step)` is a pure function of this and the step."""
 
     tokens: Any  # (num_tokens,), uint16, in host memory; with `local_sequences` a file, read as needed
     batch_shape: tuple[int, int, int]  # K microbatches, B sequences, T positions: one global step
@@ -48,11 +48,11 @@ class TokenStream:
 
     @property
     def num_steps(self) -> int:
-        """Whole global steps in one epoch; one token more than they hold is the last target."""
+        """Return the whole global steps in one epoch. The token after them is the last target."""
         return (self.tokens.size - 1) // int(np.prod(self.batch_shape))
 
     def positions(self, step: int) -> np.ndarray:
-        """Return where the sequences of global step `step` begin: indices of tokens, (K, B)."""
+        """Return where the sequences of global step `step` begin. The positions are indices of tokens, (K, B)."""
         microbatches, sequences, length = self.batch_shape
         epoch, step_in_epoch = divmod(step, self.num_steps)
         per_step = microbatches * sequences
@@ -62,9 +62,10 @@ class TokenStream:
         return (chosen * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the inputs and targets of global step `step` (from 0), (K, B, T), or (K, local sequences, T).
+        """Return the inputs and targets of global step `step`, counted from 0.
 
-        Every epoch takes all sequences, in a seeded order of its own; the first one in file order unless `shuffle`.
+        Both are (K, B, T), or (K, local sequences, T). Every epoch takes all sequences in its own seeded order; the
+        first one takes them in file order unless `shuffle`.
         """
         host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
         if self.local_sequences is None:
@@ -76,7 +77,7 @@ class TokenStream:
         return inputs, inputs if self.objective == "a-to-a" else windows[..., 1:]
 
     def _local_windows(self, epoch: int) -> np.ndarray:
-        """Read what this process needs of an epoch into memory, (steps, K, local sequences, T + 1)."""
+        """Read this process's part of an epoch into memory. Returns (steps, K, local sequences, T + 1)."""
         if epoch not in self._cache:
             assert self.local_sequences
             steps = range(epoch * self.num_steps, (epoch + 1) * self.num_steps)
@@ -86,16 +87,16 @@ class TokenStream:
         return self._cache[epoch]
 
     def calls(self, step: int, calls_per_step: int = 1) -> list[Batch]:
-        """Split the batch of a global step into the equal parts that its compiled calls consume."""
+        """Return the batches of a global step, one for each compiled call."""
         inputs, targets = (np.split(array, calls_per_step) for array in self.batch(step))
         per_call = self.batch_shape[0] // calls_per_step
         return [Batch(inputs[i], targets[i], np.array([step, i * per_call], np.uint32)) for i in range(calls_per_step)]
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Put the arrays of a call on the devices: each gets its sequences of every microbatch.
+    """Put a batch on the devices.
 
-    Every process brings the sequences of its own devices.
+    Each device gets its sequences of every microbatch; each process brings those of its devices.
     """
     return Batch(
         *(
@@ -106,7 +107,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def _windows(tokens: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
-    """Cut sequences of `length` tokens and the one that follows, (…, length + 1), where they begin."""
+    """Cut out `length` + 1 tokens from each position; returns (…, length + 1)."""
     windows = np.stack([tokens[first : first + length + 1] for first in positions.flat]).astype(np.uint16, copy=False)
     return windows.reshape(*positions.shape, length + 1)
 
@@ -124,10 +125,11 @@ def open_streams(
     devices: int = 1,
     local_sequences: tuple[int, int] | None = None,
 ) -> tuple[TokenStream, TokenStream | None]:
-    """Load what a run trains on, and what it validates on (None where there is no validation file or no wish).
+    """Load the tokens that a run trains on and validates on.
 
-    With `local_sequences` only these of the sequences of each microbatch are read into memory. Validation takes at most
-    `val_tokens`, in whole batches of `microbatch_size` sequences.
+    The second stream is None without a validation file, or with `val_tokens` 0. Validation takes at most `val_tokens`,
+    in whole batches of `microbatch_size` sequences. With `local_sequences` only these sequences of each microbatch are
+    read into memory.
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
     count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
@@ -153,7 +155,7 @@ def open_streams(
 
 
 def fingerprint(tokens: Any) -> str:
-    """Name the content of a token range: its length and the SHA-256 of its bytes."""
+    """Return a token range's length, and the SHA-256 of its bytes."""
     digest = hashlib.sha256()
     for first in range(0, tokens.size, SLICE_TOKENS):
         digest.update(np.asarray(tokens)[first : first + SLICE_TOKENS].astype("<u2", copy=False).data)
@@ -161,8 +163,8 @@ def fingerprint(tokens: Any) -> str:
 
 
 def unigram_entropy(tokens: Any) -> float:
-    """Return the entropy of the token frequencies in nats: the loss of a model that knows nothing else.
+    """Return the entropy of the token frequencies, in nats.
 
-    Counts the first 50 million tokens.
+    That is the loss of a model that knows nothing else. Counts the first 50 million tokens.
     """
     return entropy(np.bincount(np.asarray(tokens[:ENTROPY_SAMPLE])))

@@ -1,4 +1,4 @@
-"""How many tokens and global steps a run has, by its config and its data."""
+"""How many tokens and global steps a run has."""
 
 from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch
 from outside_in.data.prepare.description import recorded_leakage
@@ -7,7 +7,10 @@ from outside_in.data.token_files import count_tokens
 
 
 def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
-    """Count the training tokens from `start_train_token` on; None when they are not here and `fetch` is off."""
+    """Count the training tokens from `start_train_token` on.
+
+    Returns None when the data are not here and `fetch` is off.
+    """
     path = dataset_folder(config.dataset, fetch=fetch) / "train.safetensors"
     if not fetch and not path.exists():
         return None
@@ -15,14 +18,17 @@ def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
 
 
 def leaked_share(config: TrainConfig) -> float | None:
-    """Return the share of validation that occurs in training, where the dataset's `data.json` says so."""
+    """Return the share of validation that occurs in training.
+
+    Returns None when the dataset's `data.json` has no such number.
+    """
     return recorded_leakage(dataset_folder(config.dataset, fetch=False))
 
 
 def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1, *, fetch: bool = False) -> int | None:
-    """Count the global steps of a whole run that begins on so many devices.
+    """Count the global steps of a run that starts on `devices` devices.
 
-    None when that takes data that are not here and `fetch` is off.
+    Returns None when that needs data that are not here and `fetch` is off.
     """
     steps = steps_per_epoch(model_config, config, devices=devices)
     if steps is None:
@@ -31,7 +37,10 @@ def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1
 
 
 def whole_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
-    """Count the global steps as `total_steps` does, fetching the data; raises ValueError when there are none."""
+    """Count the global steps as `total_steps` does, downloading the data if needed.
+
+    Raises ValueError when there are none.
+    """
     total = total_steps(model_config, config, devices, fetch=True)
     if not total:
         raise ValueError(f"train.json: {config.dataset} has too few tokens for one global step")

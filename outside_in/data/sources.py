@@ -1,4 +1,4 @@
-"""Where token files come from: a local folder, the built-in data, or a dataset on the Hugging Face Hub."""
+"""Where token files come from: a folder, built-in data, or the Hub."""
 
 from pathlib import Path
 
@@ -23,10 +23,11 @@ DATA_FOLDER = Path(__file__).parents[2] / "data"
 
 
 def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
-    """Find the folder that holds `train.safetensors` for a built-in name, a local folder or a Hub dataset id.
+    """Return the folder with the token files of a dataset.
 
-    With `fetch`, built-in data are made and Hub data downloaded when they are not there yet.
-    Raises ValueError when the dataset does not exist or cannot be fetched, or a file of it holds something else.
+    Takes a built-in name, a local folder or a Hub dataset id. With `fetch`, built-in data are made and Hub data
+    downloaded if they are missing.
+    Raises ValueError when the dataset does not exist or cannot be fetched, or when a file is of the wrong kind.
     """
     if dataset in BUILTIN:
         make, version = BUILTIN[dataset]
@@ -50,7 +51,10 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
 
 
 def dataset_revision(folder: Path) -> str | None:
-    """Return the commit of the Hub dataset that a folder was downloaded from, by this program or the Hub's own."""
+    """Return the commit of the Hub dataset that a folder holds.
+
+    Returns None when the folder was not downloaded, by this program or by the Hub's.
+    """
     if (folder / HUB_FILE).is_file():
         return load_config(folder / HUB_FILE, HubSnapshot).revision
     metadata = folder / ".cache" / "huggingface" / "download" / f"{TRAIN}.metadata"

@@ -1,4 +1,4 @@
-"""Token files: safetensors with one tensor `tokens`, opened, checked, read and written.
+"""Token files: safetensors with one tensor `tokens`.
 
 The format: https://github.com/huggingface/safetensors#format. A header may end in spaces, so a writer leaves room for
 one and writes it last.
@@ -23,8 +23,9 @@ INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 def open_tokens(path: Path) -> Any:
-    """Return the tensor `tokens` of a file, unread: `get_shape()`, `get_dtype()`, and `[start:stop]` reads.
+    """Return the tensor `tokens` of a file, unread.
 
+    It has `get_shape()`, `get_dtype()` and `[start:stop]`.
     Raises ValueError when it is missing, not one-dimensional, or not of an integer type.
     """
     if not path.is_file():
@@ -44,7 +45,7 @@ def open_tokens(path: Path) -> Any:
 
 
 def count_tokens(path: Path) -> int:
-    """Return the number of tokens in a file, read from its header."""
+    """Return the number of tokens in a file, from its header."""
     return open_tokens(path).get_shape()[0]
 
 
@@ -53,7 +54,7 @@ def read_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
 
     Returns token ids, (count,), each below `vocab_size`, of the file's integer type.
     Raises ValueError as `open_tokens` does, and when the file is too short, does not fit into memory, or has an id that
-    is out of range (JAX would clamp it without a word).
+    is out of range (JAX would clamp it silently).
     """
     tensor = open_tokens(path)
     available = tensor.get_shape()[0]
@@ -70,7 +71,7 @@ def read_tokens(path: Path, vocab_size: int, start: int = 0, count: int | None =
 
 
 def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarray:
-    """Map `count` tokens from `start` on, which are read when they are looked at; see `read_tokens`."""
+    """Map `count` tokens from `start` on into memory; see `read_tokens`."""
     if (available := count_tokens(path)) < start + count:
         raise ValueError(f"{path}: expected at least {start + count:,} tokens, got {available:,}; use fewer tokens")
     with path.open("rb") as file:
@@ -85,9 +86,9 @@ def map_tokens(path: Path, vocab_size: int, start: int, count: int) -> np.ndarra
 
 
 def token_slices(path: Path, vocab_size: int, size: int, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Read a file in slices of `size` tokens, each with `overlap` tokens of the next one.
+    """Yield slices of `size` tokens, and where each starts.
 
-    Yields where a slice starts, and its ids, each below `vocab_size`, of the file's integer type.
+    Each has the first `overlap` tokens of the next one too. Ids are below `vocab_size`, of the file's integer type.
     """
     tensor = open_tokens(path)
     num_tokens = tensor.get_shape()[0]
@@ -108,16 +109,16 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, start: int) -> None
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Return the entropy in nats of what occurs so often, (V,); 0 where nothing does."""
+    """Return the entropy of counts, (V,), in nats."""
     shares = counts[counts > 0] / max(1, counts.sum())
     return float((shares * np.log(1 / shares)).sum())
 
 
 class TokenWriter:
-    """Appends tokens, uint16, to a file that becomes a token file by `finish`."""
+    """Appends tokens, uint16, to a new token file, complete after `finish`."""
 
     def __init__(self, path: Path, num_tokens: int = 0) -> None:
-        """Open a new file, or one that a writer has left behind, of which `num_tokens` are kept."""
+        """Open a new file, or an unfinished one, keeping its first `num_tokens`."""
         self.path, self.num_tokens = path, num_tokens
         if num_tokens and (not path.exists() or path.stat().st_size < HEADER_BYTES + 2 * num_tokens):
             raise ValueError(f"{path}: expected {num_tokens:,} tokens, got fewer; start over with --overwrite")
@@ -130,12 +131,12 @@ class TokenWriter:
         self.num_tokens += len(tokens)
 
     def sync(self) -> None:
-        """See to it that what was appended outlives the machine's power."""
+        """Wait until the appended tokens are safe on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Write the header; from now on it is a token file."""
+        """Write the header, which makes it a token file, and close it."""
         tensor = {"dtype": "U16", "shape": [self.num_tokens], "data_offsets": [0, 2 * self.num_tokens]}
         header = json.dumps({"tokens": tensor}).encode().ljust(HEADER_BYTES - 8)
         self._file.seek(0)
@@ -148,14 +149,17 @@ class TokenWriter:
 
 
 def written_tokens(path: Path) -> np.ndarray:
-    """Map the tokens of a file that a writer has made, finished or not, (num_tokens,); nothing is read yet."""
+    """Map the tokens of a writer's file, finished or not, (num_tokens,)."""
     return (
         np.memmap(path, "<u2", "r", offset=HEADER_BYTES) if path.stat().st_size > HEADER_BYTES else np.zeros(0, "<u2")
     )
 
 
 def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
-    """Write the documents of a token file in a seeded order into another one; in memory is only where they begin."""
+    """Write a token file's documents to another file, in a seeded order.
+
+    Only the documents' positions are in memory.
+    """
     tokens = written_tokens(path)
     starts = range(0, len(tokens), SLICE_TOKENS)
     ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]

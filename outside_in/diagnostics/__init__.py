@@ -1,1 +1,1 @@
-"""Questions about a run: what it will need, whether it can learn, where it broke."""
+"""What a run needs, whether it can learn, where it broke."""

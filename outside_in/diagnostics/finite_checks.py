@@ -1,4 +1,4 @@
-"""`--debug-checks`: every microbatch once more, stopping at the first value that is not finite."""
+"""`--debug-checks`: finds the first value that is not finite."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,11 +17,12 @@ Findings = OrderedDict[str, jax.Array]  # places in the order in which they are 
 
 
 def make_checks(model: GPTModel) -> Callable[[GPTModel, Batch, jax.Array], str | None]:
-    """Build the checks for models of this form; they take the model, a batch and the run's seed key.
+    """Return a function that looks for values that are not finite.
 
-    They return None, or a line that names the global step, the microbatch and the first place where something is not
-    finite: parameters, hidden states after every stage, logits, the loss, gradients in the order of the backward pass.
-    At the end the norm of the mean gradient, which may overflow though every gradient is finite.
+    It takes a model of this form, a batch and the run's seed key. It returns None, or a line that names the global
+    step, the microbatch and the first place where something is not finite: parameters, hidden states after every stage,
+    logits, the loss, gradients in the order of the backward pass. Last comes the norm of the mean gradient, which may
+    overflow though every gradient is finite.
     """
     names, graph = backward_order(model), nnx.graphdef(model)
 

@@ -1,4 +1,4 @@
-"""Does it fit? What the training step needs by XLA's own account, against what the device has."""
+"""Whether a training step fits the device's memory, by XLA's count."""
 
 import math
 
@@ -22,7 +22,10 @@ from outside_in.train_step import Compiled, compile_train_step
 
 
 def bytes_available() -> float:
-    """Return how much memory JAX may use on the device (on a CPU the machine's); infinity when it does not say."""
+    """Return the memory that JAX may use on the device.
+
+    On a CPU that is the machine's; infinity when the device does not report it.
+    """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return memory_bytes()
@@ -30,23 +33,20 @@ def bytes_available() -> float:
 
 
 def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Log what a compiled step needs; raises ValueError, with what would fit, when the device does not have it."""
+    """Log the memory that a compiled step needs. Raises ValueError, with what would fit, when the device has less."""
     if step.bytes_needed > bytes_available():
         raise ValueError(advice(model_config, config))
     log.info(f"memory  the compiled step needs {gib(step.bytes_needed)} of the device's {gib(bytes_available())}")
 
 
 def find_microbatch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Print what each `microbatch_size` that was tried needs, and the largest that fits: `--find-microbatch`."""
+    """Print the memory that each `microbatch_size` needs: `--find-microbatch`."""
     log.info(initialize_devices())
     print(*report(model_config, config), sep="\n")
 
 
 def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
-    """Return a line for every `microbatch_size` that was tried, and what to write for the largest that fits.
-
-    Raises ValueError when none fits.
-    """
+    """Return a line per `microbatch_size` tried, and JSON for the largest. Raises ValueError when none fits."""
     found, needs = largest_microbatch(model_config, config)
     if found is None:
         raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
@@ -55,9 +55,9 @@ def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
 
 
 def advice(model_config: ModelConfig, config: TrainConfig, message: str = "") -> str:
-    """Say that a run does not fit, and the largest `microbatch_size` that does at the same tokens per global step.
+    """Return an error message with the largest `microbatch_size` that fits.
 
-    `message` is XLA's, if XLA ran out of memory.
+    The tokens per global step stay the same. `message` is XLA's, if XLA ran out of memory.
     """
     found, needs = largest_microbatch(model_config, config, config.microbatch_size)
     line = f"out of memory: a step needs {gib(needs[config.microbatch_size])}, the device has {gib(bytes_available())}"
@@ -71,10 +71,10 @@ def advice(model_config: ModelConfig, config: TrainConfig, message: str = "") ->
 def largest_microbatch(
     model_config: ModelConfig, config: TrainConfig, limit: int | None = None
 ) -> tuple[TrainConfig | None, dict[int, float]]:
-    """Find the largest `microbatch_size` (up to `limit`) whose step fits, at the same tokens per global step.
+    """Find the largest `microbatch_size` (up to `limit`) whose step fits.
 
-    Compiles for shapes alone, the largest first. Returns the config with it (None: nothing fits), and the bytes that
-    each size needs which was tried: infinity where already compiling took too much.
+    The tokens per global step stay the same. Compiles for shapes alone, the largest first. Returns the config with it
+    (None: nothing fits), and the bytes that each size tried needs: infinity where compiling itself took too much.
     """
     sequences = config.microbatch_size * config.gradient_accumulation_steps
     needs: dict[int, float] = {}
@@ -88,7 +88,7 @@ def largest_microbatch(
 
 
 def as_json(config: TrainConfig) -> str:
-    """Return the keys of `train.json` that say how the sequences of a global step are divided."""
+    """Return the keys of `train.json` that divide a global step."""
     keys = ["microbatch_size", "gradient_accumulation_steps"]
     if config.microbatches_per_call:
         keys.append("microbatches_per_call")
@@ -100,7 +100,7 @@ def gib(count: float) -> str:
 
 
 def with_microbatch(config: TrainConfig, size: int) -> TrainConfig:
-    """Return the config with another `microbatch_size` and the same sequences per global step."""
+    """Return the config with another `microbatch_size`, sequences per global step unchanged."""
     accumulated = config.microbatch_size * config.gradient_accumulation_steps // size
     per_call = config.microbatches_per_call and math.gcd(config.microbatches_per_call, accumulated)
     changes = {"gradient_accumulation_steps": accumulated, "microbatches_per_call": per_call}
@@ -108,9 +108,9 @@ def with_microbatch(config: TrainConfig, size: int) -> TrainConfig:
 
 
 def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
-    """Compile the training step of a run that need not exist, and return what the device must hold while it runs.
+    """Compile a run's training step; return the device memory that it needs.
 
-    Infinity when compiling itself, which tries products out on a GPU, runs out of memory.
+    The run need not exist. Infinity when compiling itself, which tries products out on a GPU, runs out of memory.
     """
 
     def build() -> tuple[GPTModel, nnx.Optimizer]:

@@ -1,4 +1,4 @@
-"""The classic check of a new model: whether it can learn one batch by heart."""
+"""The classic check of a new model: it must learn one batch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ MAX_STEPS = 1_000
 
 
 def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Say whether a fresh model can learn the first microbatch by heart: `--overfit-one-batch`."""
+    """Check that a fresh model learns the first microbatch: `--overfit-one-batch`."""
     log.info(initialize_devices())
     losses = []
     with tqdm(total=MAX_STEPS, unit="step", dynamic_ncols=True) as bar:
@@ -34,10 +34,10 @@ def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: Tra
 
 
 def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int) -> Iterator[float]:
-    """Train a fresh model on the run's first microbatch alone, without dropout; yield the loss before each update.
+    """Train a fresh model on the run's first microbatch, without dropout.
 
-    Ends when the loss is below `TARGET` or not finite, or after `MAX_STEPS`, over which the learning rate takes its
-    usual course. Nothing is written.
+    Yields the loss before each update. Ends when the loss is below `TARGET` or not finite, or after `MAX_STEPS`, over
+    which the learning rate takes its usual course. Nothing is written.
     """
     changes = {"drop_rate": 0.0, "val_tokens": 0}
     folder = dataset_folder(config.dataset, fetch=True)
@@ -58,7 +58,7 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
 
 
 def verdict(losses: Sequence[float]) -> str:
-    """Say that the model got there; raises RuntimeError, with what to look at, when it did not."""
+    """Return a line if the model passed; raise RuntimeError if it failed."""
     reached = f"loss {losses[-1]:.4f} on the first batch after {len(losses) - 1:,} updates"
     if losses[-1] < TARGET:
         return f"passed: {reached}; the model can learn"

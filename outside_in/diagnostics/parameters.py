@@ -1,4 +1,4 @@
-"""Parameters looked at: hashes that show what changed, and a table of norms and the like."""
+"""Hashes that show which parameters changed, and tables of parameters."""
 
 import fnmatch
 import hashlib
@@ -15,16 +15,17 @@ from outside_in.weights import named_arrays
 
 
 def parameter_hashes(model: nnx.Module, pattern: str = "*") -> dict[str, str]:
-    """Hash every parameter that a shell's pattern matches: dot-joined name → 16 hex digits of BLAKE2.
+    """Hash every parameter that a shell pattern matches.
 
-    The hashes are the same on every machine. Raises ValueError when the pattern matches nothing.
+    Returns 16 hex digits of BLAKE2 by dot-joined name, the same on every machine. Raises ValueError when the pattern
+    matches nothing.
     """
     arrays = gather_to_host(matching(named_arrays(nnx.state(model, nnx.Param)), pattern))
     return {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
 
 
 def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
-    """Return what a shell's pattern matches, by name. Raises ValueError when that is nothing."""
+    """Return the items whose names a shell pattern matches. Raises ValueError when there are none."""
     names = fnmatch.filter(by_name, pattern)
     if not names:
         raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(by_name)[:500]}")
@@ -32,7 +33,7 @@ def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 
 def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """Show the hashes after a global step; what did not change is marked."""
+    """Return a line of hashes after a global step, unchanged ones marked."""
     marked = (
         f"{name} {digest}{' (unchanged)' if before.get(name) == digest else ''}" for name, digest in after.items()
     )
@@ -40,9 +41,9 @@ def hash_line(global_step: int, before: Mapping[str, str], after: Mapping[str, s
 
 
 def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str], matrices: Collection[str]) -> None:
-    """Raise RuntimeError when hashes show that no parameter changed, or none of the matrices.
+    """Raise RuntimeError when no parameter changed, or none of the matrices.
 
-    Biases begin at 0, which float32 leaves by however small an update.
+    Biases do not count if there are matrices: they start at 0, which any update changes, however small.
     """
     changed = {name for name in before if before[name] != after[name]}
     if not changed or (matrices and changed.isdisjoint(matrices)):
@@ -54,9 +55,10 @@ def check_parameters_changed(before: Mapping[str, str], after: Mapping[str, str]
 
 
 def array_table(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> list[str]:
-    """Return the lines of a Markdown table of arrays: shape, norm, mean, std, share of zeros, NaN or Inf.
+    """Return the lines of a Markdown table of arrays.
 
-    With `others`, also how far each is from its namesake, relative to its own norm.
+    It has shape, norm, mean, std, share of zeros, NaN or Inf. With `others`, also how far each of those is from its
+    namesake, relative to the latter's norm.
     """
     headings = ["parameter", "shape", "norm", "mean", "std", "zeros", "NaN/Inf"]
     if others is not None:

@@ -1,4 +1,7 @@
-"""What a run will be and what it will need, from its configs alone, before anything is fetched or compiled."""
+"""What a run will be and need.
+
+Known before anything is downloaded or compiled.
+"""
 
 import math
 import re
@@ -37,10 +40,10 @@ def describe(
     leaked_share: float | None = None,
     mesh: Mesh | None = None,
 ) -> list[str]:
-    """Return the preflight, a line per subject.
+    """Return the preflight, one line per subject.
 
-    `available_tokens` is None when the data are not there yet, `leaked_share` (of validation that occurs in training)
-    when their `data.json` does not say.
+    `available_tokens` is None when the data are not there yet. `leaked_share`, of validation that occurs in training,
+    is None when `data.json` has no such number.
     """
     mesh = mesh or one_device()
     devices = mesh.devices.size
@@ -80,7 +83,10 @@ def describe(
 
 
 def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> str:
-    """Return a line that estimates a device's memory: the state exactly, activations as an upper bound."""
+    """Return a line that estimates the memory of each device.
+
+    The state is exact, the activations are an upper bound.
+    """
     fsdp = (mesh or one_device()).shape[FSDP]
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
     spread = 3 + (train.microbatches_per_call is not None)  # parameters, two moments; MultiSteps' accumulator

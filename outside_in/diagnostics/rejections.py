@@ -22,7 +22,7 @@ from outside_in.weights import named_arrays
 def record_rejection(
     path: Path, global_step: int, calls: Sequence[GradientDiagnostics], model: GPTModel, positions_KB: np.ndarray
 ) -> None:
-    """Write what is known of a rejected update, and warn of it.
+    """Write the record of a rejected update, and log a warning.
 
     The parameters are those after the next step, which may have begun: what is not finite stays so.
     """
@@ -54,10 +54,11 @@ def describe_rejection(
     bad_parameters: Sequence[str],
     positions_KB: np.ndarray,
 ) -> dict[str, Any]:
-    """Return what is known of a rejected update, as JSON: which microbatch, which gradient, which tokens.
+    """Return the record of a rejected update, as JSON.
 
-    `names` are the parameters in the order of the norms, `backward_order` the same in that of the backward pass,
-    `bad_parameters` those that were not finite themselves, `positions_KB` where in the token file sequences begin.
+    It says which microbatch, which gradient and which tokens. `names` are the parameters in the order of the norms,
+    `backward_order` the same in that of the backward pass, `bad_parameters` those that are not finite themselves,
+    `positions_KB` where in the token file sequences begin.
     """
     losses = [finite(loss) for call in calls for loss in call.losses.tolist()]
     norms_AP = np.stack([call.gradient_norms for call in calls]).astype(np.float64)

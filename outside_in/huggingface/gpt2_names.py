@@ -1,7 +1,8 @@
-"""GPT-2's weights and shape under Hugging Face's names and under ours: one table, read both ways.
+"""GPT-2's names in Hugging Face's format and here, as one table.
 
-The names are those of `transformers.GPT2LMHeadModel`. Its linear layers are stored as (in, out), as ours are, with
-queries, keys and values side by side in one matrix, as ours are: arrays are renamed, and none is transposed or split.
+Hugging Face's names are those of `transformers.GPT2LMHeadModel`. Its linear layers are stored as (in, out), with
+queries, keys and values side by side in one matrix, as they are here: arrays are renamed, and none is transposed or
+split.
 """
 
 import json
@@ -57,9 +58,10 @@ MAX_SHOWN = 12  # mismatches in one line
 
 
 def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
-    """Return the shape that a `config.json` of Hugging Face describes; `source` names it in errors.
+    """Return the model config of a `config.json` of Hugging Face.
 
-    Raises ValueError when it is another architecture, or says something that we do not compute.
+    Raises ValueError when it is another architecture, or has an unsupported option; `source` names the file in its
+    message.
     """
     if hf_config.get("model_type") != "gpt2":
         found = hf_config.get("model_type") or hf_config.get("architectures") or "no model_type"
@@ -87,7 +89,7 @@ def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
 def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
     """Return the `config.json` of a model for Hugging Face.
 
-    Raises ValueError when the model has a switch that GPT-2 does not have.
+    Raises ValueError when the model lacks one of GPT-2's parts.
     """
     missing = ("position_embedding", "pre_norm", "shortcut", "feed_forward", "output_norm")
     refused = [f"{switch}=false" for switch in missing if not getattr(config, switch)]
@@ -112,9 +114,10 @@ def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any
 
 
 def import_weights(hf_arrays: Mapping[str, Any], config: ModelConfig, source: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a model under our names, float32, for anything with `shape` under theirs.
+    """Return a model's arrays, float32, from Hugging Face's.
 
-    Raises ValueError that names all that is missing, unknown, or of another shape, before anything is read.
+    The latter need only `shape` and `dtype` before they are read. Raises ValueError that names all that is missing,
+    unknown, or of another shape, before anything is read.
     """
     short: dict[str, Any] = {}
     problems = []
@@ -144,7 +147,7 @@ def import_weights(hf_arrays: Mapping[str, Any], config: ModelConfig, source: st
 
 
 def _single(array: Any, source: str) -> np.ndarray:
-    """Read an array as float32; raises ValueError when a number is too large for it."""
+    """Read an array as float32. Raises ValueError when a number is too large for it."""
     with np.errstate(over="ignore"):
         single = np.asarray(array).astype(np.float32)
     if not np.isfinite(single).all():
@@ -153,9 +156,9 @@ def _single(array: Any, source: str) -> np.ndarray:
 
 
 def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Return a model's arrays under Hugging Face's names; biases that it does not have are zeros, as GPT-2 has them.
+    """Return a model's arrays under Hugging Face's names.
 
-    Raises ValueError that names an array that GPT-2 does not have.
+    Biases that the model does not have are zeros. Raises ValueError that names an array that GPT-2 does not have.
     """
     if unknown := sorted(arrays.keys() - {name for name, _ in _names(config).values()}):
         raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported")
@@ -171,7 +174,7 @@ def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
 def without_zero_biases(
     arrays: Mapping[str, np.ndarray], config: ModelConfig, original: ModelConfig
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
-    """Take back what `export_weights` has added to a model, `original`: the biases that it does not have."""
+    """Remove the biases that `export_weights` added to a model, `original`."""
     for switch, bias in BIASES.items():
         names = [name for name in arrays if name.endswith(bias)]
         if not getattr(original, switch) and not any(arrays[name].any() for name in names):
@@ -181,7 +184,10 @@ def without_zero_biases(
 
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the arrays of a GPT-2 by their names, without the prefix: our name, and the shape."""
+    """Return the name here, and the shape, of each of GPT-2's arrays.
+
+    The keys are Hugging Face's names, without the prefix.
+    """
     width = config.emb_dim
     sizes = {"V": config.vocab_size, "T": config.context_length, "D": width, "3D": 3 * width, "4D": 4 * width}
     rows = [row for row in TABLE if not (config.tied_head and row[1] == HEAD)]

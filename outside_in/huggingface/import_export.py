@@ -1,4 +1,4 @@
-"""A run made of a GPT-2 from Hugging Face, and a folder that `transformers` loads made of a run."""
+"""Imports a GPT-2 as a run, and exports a run for `transformers`."""
 
 import json
 import shutil
@@ -38,7 +38,10 @@ FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
 
 
 def import_run(source: str, target: Path) -> int:
-    """Make a run of a GPT-2 from a folder or from the Hub; training starts from its weights."""
+    """Create a run that starts from the weights of a GPT-2.
+
+    `source` is a folder or a model of the Hub. Returns the exit code.
+    """
     folder = find_folder(source)
     config = gpt2_names.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
     if tokenizer.is_gpt2(config.vocab_size):
@@ -67,7 +70,7 @@ def import_run(source: str, target: Path) -> int:
 
 
 def find_folder(source: str) -> Path:
-    """Return the local folder of a GPT-2, fetched from the Hub when there is none of that name."""
+    """Return the local folder of a GPT-2, downloaded if need be."""
     if (folder := Path(source)).is_dir():
         if RunDirectory(folder).train_config.is_file():
             raise ValueError(f"{source}: is a run already; import takes a folder in Hugging Face's format")
@@ -82,7 +85,10 @@ def find_folder(source: str) -> Path:
 
 
 def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Open the weights of a folder, in one file or several: arrays that are read when they are wanted, and metadata."""
+    """Open the weights of a folder, in one file or several.
+
+    Returns arrays that are read when they are used, and metadata.
+    """
     if (folder / WEIGHTS).exists():
         files = {WEIGHTS}
     elif (folder / INDEX).exists():
@@ -103,7 +109,7 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the names of the files that an index lists, which lie beside it."""
+    """Return the names of the files that an index lists."""
     weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
@@ -112,7 +118,7 @@ def shards(index: Path) -> set[str]:
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Raise ValueError unless the vocabulary that comes with a model is GPT-2's; say so when none does."""
+    """Raise ValueError if a model comes with another vocabulary than GPT-2's. Prints a notice if it comes with none."""
     expected = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
     for name in (VOCABULARY, TOKENIZER):
         if not (folder / name).exists():
@@ -127,7 +133,10 @@ def check_vocabulary(folder: Path) -> None:
 
 
 def export_folder(source: Path, target: Path, which: str | None) -> int:
-    """Write a folder that `transformers` loads: weights, configs, tokenizer, and a model card."""
+    """Write a folder that `transformers` loads.
+
+    It has weights, configs, tokenizer files and a model card. Returns the exit code.
+    """
     path = find_checkpoint(source, which)
     model = load_saved_model(path)
     config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
@@ -150,7 +159,7 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
 
 
 def find_checkpoint(source: Path, which: str | None) -> Path:
-    """Return the weights file of a run's checkpoint, `which` or the best, or what `find_weights` takes else."""
+    """Return the weights file of a run's checkpoint `which`. With None, that is what `find_weights` returns."""
     if which is None:
         return find_weights(source)
     folder = RunDirectory(source).checkpoints
@@ -161,7 +170,7 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """Write GPT-2's vocabulary, and what generation and tokenizing in `transformers` want to know."""
+    """Write GPT-2's vocabulary, and the tokenizer's and generation's configs."""
     for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
         shutil.copyfile(file, folder / name)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
@@ -172,7 +181,10 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 
 def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int) -> str:
-    """Return the README.md of an exported model: what it is, and how it was trained, as far as its checkpoint says."""
+    """Return the README.md of an exported model.
+
+    It says what the model is and how it was trained, as far as its checkpoint records that.
+    """
     folder = weights.resolve().parent
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
     train = meta.get("train_config", {})
@@ -217,7 +229,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def download_model(source: str) -> Path:
-    """Fetch a model of the Hub into the client's own cache, all of one revision; return the folder there."""
+    """Download a model of the Hub at one revision; return its folder. The folder is in the client's cache."""
     folder = Path(hf_hub_download(source, CONFIG)).parent
 
     def get(name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Losses of held-out tokens: their mean while a run trains, and each on its own when models are judged."""
+"""Losses on held-out tokens: their mean, and each one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -16,7 +16,7 @@ from outside_in.train_step import Compiled, compile_eval_step, eval_step
 
 
 def compile_for(model: GPTModel, stream: TokenStream, mesh: Mesh) -> Compiled:
-    """Compile the evaluation step for the batches of a stream, for those who average the loss again and again."""
+    """Compile the evaluation step for the batches of a stream."""
     return compile_eval_step(model, *_batch(stream, 0, mesh)[0], mesh)
 
 
@@ -27,9 +27,10 @@ def mean_loss(
     step: Callable[..., jax.Array] | None = None,
     mesh: Mesh | None = None,
 ) -> float | None:
-    """Average `model.loss` over every whole batch of a token stream; None when `stop` became true.
+    """Return the mean of `model.loss` over all whole batches of a stream.
 
-    A batch of the stream is that of one device; `step` is what `compile_for` has compiled.
+    Returns None when `stop` becomes true. A batch of the stream is that of one device; `step` is what `compile_for`
+    returns.
     """
     mesh = mesh or one_device()
     step = step or partial(eval_step, mesh=mesh)
@@ -46,9 +47,9 @@ def mean_loss(
 
 
 def _batch(stream: TokenStream, first: int, mesh: Mesh) -> tuple[tuple[jax.Array, jax.Array], int]:
-    """Put a batch for each device in its place, the stream's from `first` on; also say how many there are.
+    """Put one batch per device, from `first` on, on the mesh.
 
-    Where the stream has ended, zeros follow.
+    Also returns how many there are; where the stream ends, zeros follow.
     """
     devices = mesh.devices.size
     batches = [stream.batch(i) for i in range(first, min(first + devices, stream.num_steps))]
@@ -76,18 +77,21 @@ def _token_losses(model: GPTModel, tokens_BT: np.ndarray) -> jax.Array:
 
 
 def num_windows(num_targets: int, length: int, stride: int) -> int:
-    """Count the windows of `length` positions, each `stride` after the one before, that it takes to reach the end."""
+    """Count the windows that reach the end of `num_targets` tokens.
+
+    Each has `length` positions and starts `stride` after the one before.
+    """
     return 1 + max(0, -(-(num_targets - length) // stride))
 
 
 def windowed_losses(
     model: GPTModel, tokens: np.ndarray, *, stride: int | None = None, windows_per_batch: int = 8
 ) -> Iterator[np.ndarray]:
-    """Yield the losses of all tokens but the first, in their order, a batch of windows at a time.
+    """Yield the losses of all tokens but the first, in order.
 
-    A window is as long as the model's context. Without `stride` windows follow one another; with it each begins so many
-    tokens after the one before, and only what that has not seen is counted: every token but those of the first window
-    then has at least context - stride tokens before it.
+    They come a batch of windows at a time; a window is as long as the model's context. Without `stride` windows follow
+    one another. With it, each starts that many tokens after the one before, and each token is counted once: every token
+    after the first window then has at least context - stride tokens before it.
     """
     length, num_targets = model.config.context_length, len(tokens) - 1
     stride = stride or length
@@ -127,10 +131,10 @@ def standard_error(values: np.ndarray, block: int) -> float | None:
 def completion_losses(
     model: GPTModel, texts: Iterable[tuple[list[int], list[int]]], *, rows_per_batch: int = 32, multiple: int = 32
 ) -> Iterator[np.ndarray]:
-    """Yield, for each context and completion (token ids, neither empty), the losses of the completion's tokens.
+    """Yield the losses of each completion's tokens, after its context.
 
-    Of what is longer than the model's context, the end is taken. Texts of about one length are best given together: a
-    batch is padded to its longest, in multiples of `multiple`.
+    Both are token ids, and neither is empty. If they are longer than the model's context, only their end is used. Texts
+    of similar length should be neighbors: a batch is padded to its longest, in multiples of `multiple`.
     """
     max_length = model.config.context_length + 1
     pending = list(texts)

@@ -1,4 +1,6 @@
-"""Completions: the prompt in one pass, then one token after another, the keys and values of all before kept in a cache.
+"""Completions, with the keys and values of earlier tokens in a cache.
+
+The prompt takes one pass, then comes one token after another.
 
 Suffixes of array names: as in model.py; S positions of the cache, P those of a padded prompt, C tokens of a call.
 """
@@ -27,9 +29,10 @@ Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, 
 @partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest (`temperature` 0 or None), or drawn at a temperature.
+    """How the next token is chosen.
 
-    `top_k` leaves the likeliest so many tokens, then `top_p` the likeliest ones that together have this share.
+    It is the likeliest (`temperature` 0 or None), or drawn at a temperature. `top_k` keeps that many of the likeliest
+    tokens, then `top_p` the likeliest ones whose probabilities add up to it.
     """
 
     temperature: float | None = None
@@ -55,13 +58,13 @@ def stream(
     seed: int = 0,
     stop_id: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continue a prompt by `num_tokens` tokens, `num_samples` times; yield them as they come, (num_samples, some).
+    """Yield `num_samples` completions of a prompt as they come, (num_samples, some).
 
-    A sample that has chosen `stop_id` gets nothing else; when all have, that is the end. What a sample is
-    depends on the seed and its number, not on how many there are.
+    Each has `num_tokens` tokens, or fewer if all have chosen `stop_id`; a sample that has chosen it gets nothing else.
+    A sample depends on the seed and its index, not on how many there are.
 
-    Of a prompt longer than the context the last tokens are taken. A text that outgrows the context goes on from its
-    last tokens, half a context of them: positions are absolute, so that the cache cannot move on by one.
+    Of a prompt longer than the context, the last tokens are used. When a text fills the context, only its second half
+    is kept: positions are absolute, so the cache cannot move on by one.
     """
     assert prompt_ids, "a completion needs a prompt of at least one token"
     graph, params = nnx.split(model)
@@ -94,7 +97,7 @@ def stream(
 
 
 def likeliest_outputs(model: GPTModel, token_ids: list[int]) -> list[int]:
-    """Return the likeliest output at every position; text longer than the context is read in pieces."""
+    """Return the likeliest output at every position. Text longer than the context is read in pieces."""
     length = model.config.context_length
     logits = nnx.jit(lambda model, tokens: model(tokens))
     pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
@@ -102,7 +105,7 @@ def likeliest_outputs(model: GPTModel, token_ids: list[int]) -> list[int]:
 
 
 def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Return logits (B, V) at the temperature, and -inf for tokens that are not to be drawn."""
+    """Return logits (B, V) at the temperature, -inf for excluded tokens."""
     assert sampling.temperature is not None, "the likeliest token is not drawn"
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
@@ -118,12 +121,12 @@ def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _padded(length: int, max_length: int) -> int:
-    """Round a length up to a power of two, so that few shapes are compiled."""
+    """Round a length up to a power of two: few shapes compile."""
     return min(max_length, max(MIN_SIZE, 1 << (length - 1).bit_length()))
 
 
 class TextEnds(NamedTuple):
-    """The last token of each text, and where it stands."""
+    """The last token of each text, and its position."""
 
     last: Any  # (B,), token ids
     position: Any  # of these
@@ -141,7 +144,10 @@ class Choice(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def prefill(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: int, copies: int) -> Cache:
-    """Fill a cache of `size` positions; what padded tokens leave in it is overwritten before it can be seen."""
+    """Return a cache of `size` positions, filled by a prompt.
+
+    What padded tokens leave in it is overwritten before it can be attended to.
+    """
     model, cache = nnx.merge(graph, params), []
 
     def keep(new_BPNH: jax.Array) -> jax.Array:
@@ -165,7 +171,7 @@ def decode(
     count: jax.Array,
     choice: Choice,
 ) -> tuple[Cache, jax.Array]:
-    """Choose `count` tokens after the ends of the texts; returns (B, TOKENS_PER_CALL)."""
+    """Generate `count` tokens after the texts; returns the cache and (B, TOKENS_PER_CALL)."""
     sampling, seed, stop_id = choice
     samples_B = jnp.arange(len(ends.last))
 
@@ -186,7 +192,10 @@ def decode(
 
 
 def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
-    """Return the logits (B, V), float32, after the token at `position`, and the cache with it added."""
+    """Return the logits (B, V), float32, after the token at `position`.
+
+    Also returns the cache with that token added.
+    """
     old, new = iter(cache), []
 
     def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Models judged on the same held-out tokens, and on HellaSwag's questions."""
+"""Evaluates models on the same held-out tokens and on HellaSwag."""
 
 import argparse
 import math
@@ -28,7 +28,10 @@ MAX_EXPONENT = 700  # e to a larger power is beyond float64
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Evaluate the models of `evaluate.py`'s arguments; return which tokens they share, and a record of each."""
+    """Evaluate the models of `evaluate.py`'s arguments.
+
+    Returns which tokens they were evaluated on (None: HellaSwag alone), and a record of each model.
+    """
     files = [find_weights(path) for path in args.models]
     questions = read_questions(args.hellaswag) if args.hellaswag else None
     subject, tokens = None, None
@@ -52,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict
 
 
 def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, Any], np.ndarray]:
-    """Load the tokens that all models are judged on; also return which they are."""
+    """Return which tokens all models are evaluated on, and the tokens."""
     vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
     dataset = args.dataset or dataset_of(args.models[0])
     path = dataset_folder(dataset) / f"{args.split}.safetensors"
@@ -65,7 +68,7 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
 
 
 def dataset_of(path: Path) -> str:
-    """Name the dataset of the run that a path belongs to."""
+    """Return the dataset of the run that a path belongs to."""
     for folder in (path, *path.absolute().parents[:3]):
         if (file := RunDirectory(folder).train_config).is_file():
             config = load_config(file, TrainConfig)
@@ -93,12 +96,15 @@ def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> 
 
 
 def count_bytes(model: GPTModel, tokens: np.ndarray) -> int:
-    """Count the bytes of the text to predict; 0 when the model's tokens are not GPT-2's."""
+    """Count the bytes of the text to predict. Returns 0 when the model's vocabulary is not GPT-2's."""
     return tokenizer.count_bytes(tokens[1:]) if tokenizer.is_gpt2(model.config.vocab_size) else 0
 
 
 def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dict[str, float | None]:
-    """Return mean loss, perplexity and bits per byte, with what they may be off by, and against the first model's."""
+    """Return mean loss, perplexity and bits per byte, and the standard errors.
+
+    Also the difference from the first model's loss.
+    """
     loss, row = losses.mean(dtype=np.float64).item(), {}
     if first is not None:
         difference = losses - first
@@ -113,13 +119,13 @@ def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dic
 
 
 def check_finite(path: Path, losses: np.ndarray) -> None:
-    """Raise RuntimeError when a model cannot be judged."""
+    """Raise RuntimeError when a loss is not finite."""
     if bad := int((~np.isfinite(losses)).sum()):
         raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be evaluated")
 
 
 def hellaswag(path: Path, model: GPTModel, questions: list[Question]) -> dict[str, float | int | None]:
-    """Return how many questions a model answers as it should."""
+    """Return the share of questions that a model answers correctly."""
     if not tokenizer.is_gpt2(model.config.vocab_size):
         raise ValueError(
             f"--hellaswag: {path}: expected GPT-2's vocabulary, got one of {model.config.vocab_size:,} ids"

@@ -1,7 +1,7 @@
-"""Multiple-choice questions, as models that only complete text answer them: by the ending that they find likeliest.
+"""HellaSwag: questions answered by the ending that a model finds likeliest.
 
-HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) in the completion style of GPT-2-class models: each
-ending follows the context after a space, and the one with the lowest loss per token is the answer.
+Zellers et al., 2019, https://arxiv.org/abs/1905.07830, in the completion style of GPT-2-class models: each ending
+follows the context after a space, and the one with the lowest loss per token is the answer.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ class Question:
 
 
 def read_questions(source: str) -> list[Question]:
-    """Read questions in HellaSwag's own form: `ctx`, `endings` and `label`, from a .jsonl file or from the Hub.
+    """Read questions in HellaSwag's format, from a .jsonl file or the Hub.
 
-    Raises ValueError that names the line when they are something else, and when they are not there.
+    Each has `ctx`, `endings` and `label`. Raises ValueError when there are none, or naming the line that is malformed.
     """
     if Path(source).is_file():
         rows = _rows(Path(source))
@@ -48,9 +48,10 @@ def read_questions(source: str) -> list[Question]:
 
 
 def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield, for each question, its number, and the loss of each ending: per token and whole, each (endings,).
+    """Yield each question's index, and the loss of each of its endings.
 
-    Questions come with the shortest first, so that texts of a batch are of about one length.
+    The losses are per token and whole, each (endings,). Questions come with the shortest first, so that the texts of a
+    batch have similar lengths.
     """
     ids = [
         [(tokenizer.encode(question.context), tokenizer.encode(" " + ending)) for ending in question.endings]
@@ -64,7 +65,7 @@ def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np
 
 
 def count_longer(questions: list[Question], context_length: int) -> int:
-    """Count the questions that a model cannot read whole with each of their endings."""
+    """Count the questions that are longer than the context with some ending."""
     return sum(
         max(len(tokenizer.encode(f"{question.context} {ending}")) for ending in question.endings) > context_length + 1
         for question in questions

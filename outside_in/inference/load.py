@@ -1,4 +1,4 @@
-"""A model from one `model.safetensors`: its shape rides in the file, so a copied file works anywhere."""
+"""Loads a model from one `model.safetensors`, which holds its shape too."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ MAX_SHARED_LAYERS = 100  # more, whose blocks have no arrays of their own, would
 
 
 def load_saved_model(path: Path) -> GPTModel:
-    """Build the model that a weights file describes and load its weights, for inference in float32.
+    """Load the model of a weights file, for inference in float32.
 
-    Raises ValueError when the file is not one that training has saved, damaged, or too large for this machine.
+    Raises ValueError when the file was not saved by training, is damaged, or is too large for this machine.
     """
     config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
     arrays = load_weights(path)
@@ -36,10 +36,10 @@ def load_saved_model(path: Path) -> GPTModel:
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weights file that a path stands for: the file itself, a checkpoint's, or that of a run.
+    """Return the weights file of a file, a checkpoint or a run.
 
-    Of a run that is its best checkpoint, without one its newest, without any the weights that it starts from.
-    Raises ValueError when there is none.
+    Of a run that is its best checkpoint, else its newest, else the weights that it starts from. Raises ValueError when
+    there is none.
     """
     if path.is_file():
         return path

@@ -38,10 +38,11 @@ class Curve(NamedTuple):
 def draw_loss(
     path: Path, records: list[Record], *, interval: int, title: str, reference_losses: dict[str, float] | None = None
 ) -> None:
-    """Draw the training loss (average and min-max band per checkpoint period) and the validation loss.
+    """Draw the training loss and the validation loss.
 
-    `interval` is the period's length in global steps; while the run is younger than ten periods, shorter ones are
-    drawn. `reference_losses` are named losses in nats, drawn as horizontal lines.
+    The training loss is a mean and a min-max band per checkpoint period. `interval` is the period's length in global
+    steps; while the run is younger than ten periods, shorter ones are drawn. `reference_losses` are named losses in
+    nats, drawn as horizontal lines.
     """
     finite = [record for record in records if record["loss"] is not None]
     if not finite:
@@ -78,7 +79,7 @@ def draw_learning_rate(path: Path, records: list[Record], *, title: str) -> None
 
 
 def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: float | None, title: str) -> None:
-    """Draw the gradient norm before clipping, the clip line, and a mark at every rejected step."""
+    """Draw the gradient norm before clipping. Also the clip line, and a mark at every rejected step."""
     measured = [record for record in records if record["gradient_norm"] is not None]
     clipped = sum(record["clipped"] for record in records)
     with _figure(path, title, "gradient norm before clipping") as axes:
@@ -105,7 +106,7 @@ def draw_gradient_norm(path: Path, records: list[Record], *, clipping_max_norm: 
 
 
 def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
-    """Draw several runs: validation loss as dots joined by a line, smoothed training loss as a thin line."""
+    """Draw several runs: validation as dots, smoothed training loss as thin lines."""
     import matplotlib
 
     colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
@@ -136,7 +137,7 @@ def _periods(records: list[Record], period: int) -> tuple[list[float], list[floa
 
 @contextlib.contextmanager
 def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") -> Iterator["Axes"]:
-    """Give the axes of a new chart and write it under its name when complete."""
+    """Yield the axes of a new chart, which is then written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")

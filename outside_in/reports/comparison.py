@@ -1,4 +1,4 @@
-"""Several runs side by side: a Markdown table, and the curves for one chart."""
+"""Several runs side by side: a Markdown table and a chart."""
 
 import contextlib
 import math
@@ -33,13 +33,16 @@ class RunResult:
 
     @property
     def comparison_key(self) -> tuple[Any, ...]:
-        """What the losses of two runs must share to be comparable."""
+        """Return what the losses of two runs must share to be comparable."""
         config = self.config
         return self.model_config.vocab_size, config.objective, config.dataset, config.start_val_token
 
     @property
     def average_loss(self) -> float | None:
-        """Mean training loss of the last checkpoint period: as many steps as lie between two checkpoints."""
+        """Return the mean training loss of the last checkpoint period.
+
+        That is as many steps as lie between two checkpoints.
+        """
         losses = [r["loss"] for r in self.records[-self.config.checkpoint_interval :] if r["loss"] is not None]
         return statistics.fmean(losses) if losses else None
 
@@ -55,16 +58,17 @@ class RunResult:
 
     @property
     def seconds(self) -> float:
-        """Time of training; of the steps alone when there is no checkpoint yet."""
+        """Return the time of training. Before the first checkpoint, only that of the steps is known."""
         if self.checkpoint_seconds is not None:
             return self.checkpoint_seconds
         return sum(record["seconds"] for record in self.records)
 
 
 def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
-    """Draw the chart and return the lines to print: the table, and which runs were skipped.
+    """Draw the chart and return the lines to print.
 
-    `x` is the chart's horizontal axis, a key of `X_LABELS`. Raises ValueError when no run has metrics.
+    Those are the table, and which runs were skipped. `x` is the chart's horizontal axis, a key of `X_LABELS`. Raises
+    ValueError when no run has metrics.
     """
     found = {run: read(run) for run in runs}
     trained = [run for run in found.values() if run]
@@ -77,7 +81,7 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
 
 
 def read(run: RunDirectory) -> RunResult | None:
-    """Read a run's configs and metrics; None when it has no metrics yet. Raises ValueError when they are unreadable."""
+    """Read a run's configs and metrics; None without metrics. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.read(run.metrics)
     metrics.check_complete(run.metrics, records)
@@ -85,20 +89,20 @@ def read(run: RunDirectory) -> RunResult | None:
 
 
 def seconds_trained(run: RunDirectory) -> float | None:
-    """Return the time of training up to the newest checkpoint; None without a readable one."""
+    """Return the time of training up to the newest checkpoint. None without a readable one."""
     with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
         return float(find_checkpoints(run.checkpoints)[-1].meta["seconds_trained"])
     return None
 
 
 def not_comparable(runs: list[RunResult]) -> list[RunResult]:
-    """Return the runs whose losses cannot be compared with those of most others (of the first, in a tie)."""
+    """Return the runs whose losses cannot be compared with most others'. In a tie, the first run's count as most."""
     [(usual, _)] = Counter(run.comparison_key for run in runs).most_common(1)
     return [run for run in runs if run.comparison_key != usual]
 
 
 def table(runs: list[RunResult]) -> list[str]:
-    """Return the lines of a Markdown table; runs on other data or another vocabulary than most are marked."""
+    """Return the lines of a Markdown table. Runs that are not comparable are marked."""
     marked, names = not_comparable(runs), labels(runs)
     columns: dict[str, Column] = {
         "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
@@ -121,7 +125,7 @@ def table(runs: list[RunResult]) -> list[str]:
 
 
 def labels(runs: list[RunResult]) -> dict[RunDirectory, str]:
-    """Name every run by its folder's name, or all by their paths where two names are the same."""
+    """Return a label for every run. That is the folder's name, or the path if names repeat."""
     are_unique = len({run.run.path.name for run in runs}) == len(runs)
     return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
 

@@ -1,4 +1,4 @@
-"""How many floating-point operations training takes, and what share of a device's peak that is (MFU).
+"""Training FLOPs, and their share of a device's peak (MFU).
 
 MFU is the model FLOPs utilization of "PaLM", appendix B, https://arxiv.org/abs/2204.02311: operations that the model's
 definition asks for, whatever is computed twice or skipped, divided by what the device could do at its best.
@@ -12,7 +12,10 @@ FORMULA = "6 · (parameters of matrix products) + 12 · layers · width · conte
 
 
 class Peak(NamedTuple):
-    """The dense matrix products of a device, in TFLOP/s with sums in float32, by NVIDIA's data sheet."""
+    """A device's peak in dense matrix products, in TFLOP/s.
+
+    Sums are in float32; the figures are from NVIDIA's data sheets.
+    """
 
     bfloat16: float
     float32: float  # as TF32, which is what JAX takes for float32 products on these cards
@@ -35,7 +38,7 @@ PEAKS = {
 
 
 def flops_per_token(model: ModelConfig) -> int:
-    """Count the operations of training on one token, forward and backward, by `FORMULA`.
+    """Count the operations of training on one token, by `FORMULA`.
 
     Every parameter of a matrix product is used once forward and twice backward, with a multiplication and an addition.
     Biases, norms and embedding lookups are left out; the output head counts, tied or not. Attention is counted as if
@@ -48,7 +51,7 @@ def flops_per_token(model: ModelConfig) -> int:
 
 
 def peak_tflops(device_kind: str, precision: str) -> float | None:
-    """Return what a device could do at its best, None where the table does not know it."""
+    """Return a device's peak in TFLOP/s; None if it is unknown."""
     peak = find_peak(device_kind)
     return getattr(peak, precision) if peak else None
 
@@ -58,7 +61,7 @@ def find_peak(device_kind: str) -> Peak | None:
 
 
 def describe_peak(device_kind: str, precision: str) -> str:
-    """Say what MFU is measured against, and where that is from."""
+    """Return a line with MFU's peak and its source."""
     peak = find_peak(device_kind)
     if peak is None:
         return f"peak    unknown for this device ({device_kind}), so no MFU is shown"
@@ -66,6 +69,6 @@ def describe_peak(device_kind: str, precision: str) -> str:
 
 
 def mfu(tokens_per_second: float, model: ModelConfig, device_kind: str, precision: str) -> float | None:
-    """Return which share of the device's peak a speed is, None where the peak is not known."""
+    """Return the share of the device's peak; None if that is unknown."""
     peak = peak_tflops(device_kind, precision)
     return tokens_per_second * flops_per_token(model) / 1e12 / peak if peak else None

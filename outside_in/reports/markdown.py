@@ -4,6 +4,6 @@ from collections.abc import Iterable, Sequence
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a table; the first `left` columns are aligned left, the others right."""
+    """Return the lines of a table, its first `left` columns aligned left."""
     rule = ["---"] * left + ["---:"] * (len(headings) - left)
     return [f"| {' | '.join(row)} |" for row in (headings, rule, *rows)]

@@ -1,1 +1,1 @@
-"""What every program stands on: command line, signals, devices, mesh, processes, compiled programs that are kept."""
+"""Process and devices: command line, signals, mesh, processes, compilation cache."""

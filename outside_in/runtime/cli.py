@@ -18,7 +18,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one `error:` line, and which knows `--debug`."""
+    """An argument parser with one-line errors and the option `--debug`."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
@@ -30,9 +30,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _TolerantStream:
-    """Output that does not end the program: on a full disk it is lost, and also when its reader has left.
+    """An output stream whose errors do not end the program.
 
-    As `tee` does with the Ctrl-C that stops the training.
+    On a full disk the output is lost, and also when its reader has gone, as `tee` goes with the Ctrl-C that stops the
+    training.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -62,9 +63,9 @@ class _TolerantStream:
 def run(
     main: Callable[[argparse.Namespace], int], parser: ArgumentParser, arguments: list[str] | None = None
 ) -> NoReturn:
-    """Parse the command line (or `arguments`), run `main`, turn what it raises into one line and an exit code.
+    """Run `main` on the parsed arguments and exit with its code.
 
-    ValueError is what the user can mend (2); everything else is a failed run (1).
+    An exception becomes one line and an exit code: 2 for ValueError, which the user can fix, 1 for everything else.
     """
     args = parser.parse_args(arguments)
     warnings.showwarning = _show_warning
@@ -85,7 +86,7 @@ def run(
 
 
 def report_error(error: Exception, *, debug: bool) -> int:
-    """Print an error as one line, after its traceback when debugging; return the exit code that it means."""
+    """Print an error as one line, and return its exit code. With `debug`, the traceback comes first."""
     if debug:
         traceback.print_exception(error)
     print(f"error: {_one_line(error)}", file=sys.stderr)

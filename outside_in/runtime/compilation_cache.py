@@ -1,7 +1,7 @@
-"""What JAX compiles is kept between starts, in a folder of the user's own.
+"""Keeps compiled programs between starts, in a folder of the user's.
 
 It is JAX's cache (https://docs.jax.dev/en/latest/persistent_compilation_cache.html). Its entries are machine code that
-is run as it lies there: a folder into which others may write is not used.
+is run without checks: a folder into which others may write is not used.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ CACHE_WARNING = re.compile(r"Error (?:reading|writing) persistent compilation ca
 
 
 def enable_compilation_cache() -> None:
-    """Let JAX keep what it compiles, or warn that it cannot; the user's own settings of JAX win."""
+    """Let JAX keep what it compiles, or warn that it cannot. The user's settings of JAX take precedence."""
     config: Any = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
@@ -42,7 +42,10 @@ def enable_compilation_cache() -> None:
 
 
 def private_folder() -> Path:
-    """Return the folder, made if it is missing. Raises OSError when this user cannot write there, or others can."""
+    """Return the cache folder, created if it is missing.
+
+    Raises OSError when this user cannot write there, or others can.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outside-in"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
@@ -54,16 +57,17 @@ def private_folder() -> Path:
 
 
 def drop_undated_entries(folder: Path) -> None:
-    """Remove entries without a time of last use, which a kill leaves: with one of them JAX adds nothing any more."""
+    """Remove entries without a time of last use, left by kills. With one of them JAX adds nothing any more."""
     for entry in folder.glob("*-cache"):
         if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
             entry.unlink(missing_ok=True)
 
 
 def drop_corrupt_entries(folder: Path) -> None:
-    """Remove entries that JAX complains of: it compiles in their stead, but never writes over them.
+    """Remove the entries that JAX warns of, from now on.
 
-    Only its first complaint is shown: a full disk would cause one for each program.
+    JAX compiles again, but never overwrites them. Only its first warning is shown: a full disk would cause one for each
+    program.
     """
     show, seen = warnings.showwarning, itertools.count()
 

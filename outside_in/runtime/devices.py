@@ -1,4 +1,4 @@
-"""The devices: starting JAX quietly, also on machines without a GPU, and what glibc keeps of a CPU's memory."""
+"""Starts JAX's devices, and keeps a CPU's freed memory."""
 
 import ctypes
 import logging
@@ -14,9 +14,10 @@ M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
 
 
 def initialize_devices() -> str:
-    """Start JAX's backend and say in one line what the program runs on; what it compiles is kept from now on.
+    """Start JAX and return a line that names the device.
 
-    JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the line that this returns replaces it.
+    What is compiled from now on is cached. JAX's CUDA plugin logs a traceback where there is no NVIDIA driver; the
+    returned line replaces it.
     """
     enable_compilation_cache()
     messages: list[str] = []
@@ -41,7 +42,7 @@ def initialize_devices() -> str:
 
 
 def device_kind() -> str:
-    """Return JAX's name of what the program runs on, such as "NVIDIA H200" or "cpu"."""
+    """Return JAX's name of the device, such as "NVIDIA H200" or "cpu"."""
     return jax.local_devices()[0].device_kind
 
 
@@ -57,7 +58,7 @@ def compiler_options() -> dict[str, bool]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step on the CPU frees, instead of asking the system for the same pages at every step.
+    """Let glibc keep the memory that a step on the CPU frees.
 
     A step takes a hundred megabytes and more, and touching fresh pages costs an eighth of its time. Works before JAX
     starts its threads: each would get an arena of its own, and glibc gives large buffers of those back at once.
@@ -70,7 +71,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give the system what glibc has kept until now: compiling leaves hundreds of megabytes in small pieces."""
+    """Return the memory that glibc keeps to the system. Compiling leaves hundreds of megabytes in small pieces."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim:
         malloc_trim(0)

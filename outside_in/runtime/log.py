@@ -1,4 +1,4 @@
-"""What programs say while they work: dated lines above the progress bar, by the `logging` module."""
+"""Logging: dated lines above the progress bar."""
 
 import logging
 

@@ -4,5 +4,5 @@ import os
 
 
 def memory_bytes() -> int:
-    """Return how much memory this machine has."""
+    """Return the size of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -22,9 +22,9 @@ MIN_SHARDED = 2048  # numbers: gathering less costs more than it saves
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Arrange the devices as `mesh` in train.json says; -1 takes as many as there are.
+    """Return the mesh that `mesh` in train.json describes.
 
-    Raises ValueError when there are too few, or some would be left over.
+    -1 takes as many devices as there are. Raises ValueError when there are too few, or some would be left over.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     count, fsdp = len(devices), config.fsdp
@@ -50,7 +50,7 @@ def _mesh(devices: tuple[jax.Device, ...], data: int, fsdp: int) -> Mesh:
 
 
 def local_sequence_slice(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
-    """Say which sequences of a microbatch over all devices are this process's; None when all are."""
+    """Return which sequences of a microbatch are this process's; None: all."""
     if jax.process_count() == 1:
         return None
     local = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
@@ -59,9 +59,10 @@ def local_sequence_slice(mesh: Mesh, per_device: int) -> tuple[int, int] | None:
 
 
 def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Say how a parameter or a moment lies on the mesh: its largest axis that `fsdp` divides is spread over it.
+    """Return how a parameter or a moment is sharded.
 
-    Small arrays, and those without such an axis, are whole on every device.
+    Its largest axis that `fsdp` divides is sharded over it. Small arrays, and those without such an axis, are whole on
+    every device.
     """
     parts = mesh.shape[FSDP]
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
@@ -72,18 +73,18 @@ def array_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def array_shardings(state: Any, mesh: Mesh) -> Any:
-    """Return, for every array of a state, where the rule has it."""
+    """Return the sharding of every array of a state."""
     return jax.tree.map(lambda x: NamedSharding(mesh, array_spec(x.shape, mesh)), state)
 
 
 def place(module: Any, mesh: Mesh) -> None:
-    """Move the arrays of a model or an optimizer to where the rule has them."""
+    """Move the arrays of a model or an optimizer to their shardings."""
     state = nnx.state(module)
     nnx.update(module, jax.tree.map(device_put_global, state, array_shardings(state, mesh)))
 
 
 def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
-    """Say how a run is spread over devices, and what becomes of each of its arrays, by names and shapes."""
+    """Return lines that say how arrays, by name and shape, are sharded."""
     count = mesh.devices.size
     if count == 1 and jax.device_count() == 1:
         return []

@@ -1,7 +1,7 @@
-"""Several processes that train one run: how they meet, and how they agree.
+"""Multi-process coordination: how processes of one run meet and agree.
 
-They are JAX's (https://docs.jax.dev/en/latest/multi_process.html): each runs the same program on its own devices, and
-the first of them alone writes files and speaks.
+They are JAX's (https://docs.jax.dev/en/latest/multi_process.html): each runs the same program on its own devices. Only
+the first, the main process, writes files and prints.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ SILENT_SECONDS = 30  # after which a process that is not heard of counts as dead
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Meet the other processes of the run, before JAX starts its devices.
 
-    Without arguments they are found by torchrun's variables, or by JAX itself under SLURM, Open MPI and Kubernetes.
+    Without arguments they are found by torchrun's variables, or by JAX itself under SLURM, Open MPI and Kubernetes. All
+    but the main process log nothing from now on.
     Raises ValueError when they cannot be found, or do not come in time.
     """
     options: dict[str, Any] = {}
@@ -64,7 +65,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def _torchrun(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return what torchrun's variables say; its own store listens at MASTER_PORT, so we take the next one."""
+    """Return JAX's options from torchrun's variables, if they are set.
+
+    torchrun's store listens at MASTER_PORT, so JAX gets the next port.
+    """
     names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     if not all(name in environment for name in names):
         return {}
@@ -84,16 +88,16 @@ def is_main_process() -> bool:
 
 
 def is_distributed() -> bool:
-    """Say whether others have joined; a process on its own does not start JAX's devices for the answer."""
+    """Return whether others have joined. A process on its own does not start JAX's devices for the answer."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager
 def propagate_errors() -> Iterator[None]:
-    """Make an error in one process an error in all; else the others would wait forever.
+    """Raise an error in all processes when the block fails in one.
 
-    An OSError is raised with the same errno everywhere, so that all handle it in the same way. The block itself must
-    not wait for other processes.
+    Else the others would wait forever. An OSError has the same errno everywhere, so that all handle it in the same way.
+    The block itself must not wait for other processes.
     """
     failure: Exception | None = None
     try:
@@ -114,12 +118,12 @@ def propagate_errors() -> Iterator[None]:
 
 
 def all_max(value: int) -> int:
-    """Return the largest number that any of the processes has."""
+    """Return the largest value that any process has."""
     return start_all_max(value)()
 
 
 def start_all_max(value: int) -> Callable[[], int]:
-    """Start to find the largest number that any process has; the function that this returns waits for it."""
+    """Start to find the largest value that any process has. Returns a function that waits for it."""
     if not is_distributed():
         return lambda: value
     sharding = NamedSharding(Mesh(np.array(jax.devices()), "device"), PartitionSpec("device"))
@@ -134,7 +138,7 @@ def _max(values: jax.Array) -> jax.Array:
 
 
 def device_put_global(array: Any, sharding: Any) -> jax.Array:
-    """Put an array that every process has on the devices; each brings the parts of its own."""
+    """Put an array that every process has on the devices. Each process brings the parts of its devices."""
     if not is_distributed() or sharding is None:
         return jax.device_put(array, sharding)
     on_host = np.asarray(array)
@@ -142,7 +146,7 @@ def device_put_global(array: Any, sharding: Any) -> jax.Array:
 
 
 def on_main_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Call a function in the main process only; where it fails, all processes fail."""
+    """Call a function in the main process. If it fails, all processes fail."""
     with propagate_errors():
         if is_main_process():
             function(*arguments, **options)
@@ -150,14 +154,14 @@ def on_main_process(function: Callable[..., Any], *arguments: Any, **options: An
 
 @contextlib.contextmanager
 def held_by_main_process(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context in the main process only; where that fails, all processes fail."""
+    """Enter a context in the main process. If that fails, all processes fail."""
     with contextlib.ExitStack() as stack:
         on_main_process(stack.enter_context, context)
         yield
 
 
 def broadcast(value: Any) -> Any:
-    """Return the first process's value, which JSON can hold, in all of them."""
+    """Return the main process's value, which JSON can hold, in all processes."""
     if not is_distributed():
         return value
     content = json.dumps(value).encode() if is_main_process() else b""
@@ -167,7 +171,10 @@ def broadcast(value: Any) -> Any:
 
 
 def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError that names the first key in which this process's configs, by file, differ from the first's."""
+    """Raise ValueError when this process's configs differ from the main process's.
+
+    `configs` are by file; the message names the first key that differs.
+    """
     for file, expected in broadcast({file: dict(config) for file, config in configs.items()}).items():
         local = json.loads(json.dumps(dict(configs[file])))
         for key in sorted(local.keys() | expected.keys()):
@@ -179,7 +186,7 @@ def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def gather_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Copy arrays to the host of every process, also those that are spread over several."""
+    """Copy arrays, also those sharded over processes, to every host."""
     spread = {name for name, x in arrays.items() if not (x.is_fully_addressable or x.is_fully_replicated)}
     whole = jax.device_get({name: array for name, array in arrays.items() if name not in spread})
     gathered = {name: multihost_utils.process_allgather(arrays[name], tiled=True) for name in sorted(spread)}

@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first one asks for a stop at the next good moment, the second one leaves at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first stops soon, the second at once.
 
 SIGUSR1 asks for a checkpoint.
 
-A Python signal handler waits for the main thread, which may be inside XLA for minutes; so a second thread listens,
-through the file descriptor that Python's own C handler writes to.
+A Python signal handler waits for the main thread, which may be inside XLA for minutes. So a second thread listens,
+through the file descriptor that Python's C handler writes to.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether, and by which signal, the user has asked for a stop; and whether for a checkpoint meanwhile.
+    """Which stop, and which checkpoint, the user has asked for.
 
-    When `is_distributed`, only what all processes have agreed upon counts.
+    True when a stop is asked for. When `is_distributed`, only what all processes have agreed upon counts.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
         self._agreed_save = threading.Event()
 
     def pending_signal(self) -> int:
-        """Return the number of the signal that this process would have all of several act upon, or 0."""
+        """Return the signal that this process proposes to all, or 0."""
         if signum := self.pending_stop():
             return signum
         if self.is_distributed and self._wants_save.is_set():
@@ -40,11 +40,11 @@ class StopRequest:
         return 0
 
     def pending_stop(self) -> int:
-        """Return the same, leaving out checkpoints that are asked for."""
+        """Return the same, without requests for checkpoints."""
         return self.received_signal or 0 if self.is_distributed else 0
 
     def apply(self, agreed: int) -> None:
-        """Act upon the signal that all processes have agreed upon, at a step at which all know it; 0 is none."""
+        """Act upon the signal that all processes agreed upon; 0 is none."""
         if agreed in STOPPING:
             self._agreed_signal = agreed
         elif agreed:
@@ -54,7 +54,7 @@ class StopRequest:
         self._wants_save.set()
 
     def take_save_request(self) -> bool:
-        """Say whether a checkpoint was asked for since the last call."""
+        """Return whether a checkpoint was asked for since the last call."""
         event = self._agreed_save if self.is_distributed else self._wants_save
         if wanted := event.is_set():
             event.clear()
@@ -65,7 +65,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Return 128 + the signal: 130 after Ctrl-C, 143 after SIGTERM."""
         signum = self._agreed_signal or self.received_signal
         assert signum is not None
         return 128 + signum
@@ -73,7 +73,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening(request: StopRequest, first_message: str, second_message: str) -> Iterator[None]:
-    """Note the signals in `request` while the block runs; must be entered by the main thread."""
+    """Record signals in `request` while the block runs. Only the main thread may enter it."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds by what its main thread is busy with, or waits for."""
+"""Where the time of a run goes, by its main thread's activities."""
 
 import contextlib
 import time
@@ -8,14 +8,14 @@ from datetime import timedelta
 
 
 class TimeBudget:
-    """Books every second for one thing, from its making on; a thing inside another one interrupts that."""
+    """Books every second, from its creation, for one activity."""
 
     def __init__(self, what: str) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._what, self._since = what, time.monotonic()
 
     def switch(self, what: str) -> str:
-        """Book the time until now, and from now on for `what`; return what it was booked for."""
+        """Book the time from now on for `what`; return the activity before."""
         before, now = self._what, time.monotonic()
         self._seconds[before] += now - self._since
         self._what, self._since = what, now
@@ -23,6 +23,7 @@ class TimeBudget:
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
+        """Book the time of the block for `what`."""
         before = self.switch(what)
         try:
             yield
@@ -30,7 +31,7 @@ class TimeBudget:
             self.switch(before)
 
     def describe(self) -> str:
-        """Return one line, what took longest first."""
+        """Return one line, longest activity first."""
         self.switch(self._what)
         total = max(sum(self._seconds.values()), 1e-9)
         shares = (

@@ -1,1 +1,1 @@
-"""Files on the disk: atomic, strict, and whole or refused."""
+"""Files on the disk: atomic, strict, complete or refused."""

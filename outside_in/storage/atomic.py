@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk for good, and whole or not there at all."""
+"""Atomic and durable writes of files and folders."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ SYSTEM_ERROR = re.compile(r"os[ _]error(?: |_code=')(\d+)")  # as safetensors an
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or what a folder lists, outlives the machine's power."""
+    """Wait until a file's content or a folder's listing is durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,7 +22,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Wait until every file and folder below is on the disk, the folder itself last."""
+    """Wait until everything in a folder is durable, itself last."""
     inside: Iterable[Path] = sorted(folder.rglob("*"), reverse=True)  # children before their folder
     for path in [*inside, folder]:
         fsync(path)
@@ -30,9 +30,9 @@ def fsync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which takes the name `folder` when the block has ended well; else it is removed.
+    """Yield a folder to write into, renamed to `folder` at the end.
 
-    Raises OSError when that name is taken meanwhile.
+    If the block fails, it is removed. Raises OSError when the name has been taken meanwhile.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
@@ -50,9 +50,10 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Replace a file by one of this content; a reader sees the old one or the new one, whole.
+    """Replace a file atomically.
 
-    With `durable` it outlives the machine's power from now on. Raises OSError, and leaves the old one, when it fails.
+    A reader sees the old or the new content. With `durable`, waits for the disk. Raises OSError, and leaves the old
+    file, when it fails.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -63,12 +64,13 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
 
 
 def write_text(path: Path, content: str, *, durable: bool = False) -> None:
+    """Replace a file by text, in UTF-8, as `write_bytes` does."""
     write_bytes(path, content.encode(), durable=durable)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write to, which replaces `path` when the block has ended well; else what is there is removed."""
+    """Yield a temporary path, which replaces `path` at the end. If the block fails, it is removed."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
@@ -80,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def append_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Append the whole text to a file, or nothing of it and raise OSError."""
+    """Append all of the text, or raise OSError and append nothing."""
     content = text.encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -96,7 +98,7 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raise OSError for what native code of safetensors and TensorStore says of the disk."""
+    """Raise OSError for the disk errors of safetensors and TensorStore."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`manifest.json`: size and SHA-256 of every other file of a folder, so that damage to any of them shows."""
+"""`manifest.json`: size and SHA-256 of every other file of a folder."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write(folder: Path) -> None:
-    """Describe what a folder holds; to be called when it is complete."""
+    """Write the manifest of a folder that is otherwise complete."""
     described = {file: _describe(folder / file) for file in _files(folder)}
     (folder / MANIFEST_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
@@ -46,7 +46,7 @@ def check(folder: Path) -> None:
 
 
 def check_alone(path: Path) -> None:
-    """Compare one file with the manifest beside it, where there is one. Raises ValueError when they differ."""
+    """Compare one file with the manifest beside it, if any. Raises ValueError when they differ."""
     described = path.with_name(MANIFEST_FILE)
     if described.exists() and read_json(described).get(path.name) != _describe(path):
         raise ValueError(f"{path}: content differs from the manifest; use an earlier checkpoint")

@@ -16,7 +16,7 @@ NULLABLE = {"gradient_norm", "loss"}  # as well, null where they were not finite
 
 
 class MetricsLog:
-    """The records of a run, and how many of them its file has; without `enabled` there is no file."""
+    """The records of a run, written to its file if `enabled`."""
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
         self._path, self._enabled = path, enabled
@@ -31,13 +31,13 @@ class MetricsLog:
         return read(self._path) if self._enabled else []
 
     def write(self, *, durable: bool = False) -> None:
-        """Append what the file lacks; after an OSError it is still to be written."""
+        """Append the new records; after an OSError they are still new."""
         if self._enabled:
             append(self._path, self.records[self._written :], durable=durable)
         self._written = len(self.records)
 
     def rewrite(self) -> None:
-        """Replace the file, for a record that has changed since it was written."""
+        """Replace the file, since a written record has changed."""
         if self._enabled:
             rewrite(self._path, self.records)
 
@@ -54,10 +54,10 @@ def append(path: Path, records: Iterable[Record], *, durable: bool = False) -> N
 
 
 def read(path: Path, until: int | None = None) -> list[Record]:
-    """Read all records, oldest first (or those up to step `until`); a torn last line, or no file, is no record.
+    """Read all records, oldest first, or those up to step `until`.
 
-    Raises ValueError with the line number when any other line is not a record: a flat JSON object of finite numbers,
-    truth values and nulls with a `global_step`.
+    Returns none if there is no file; a torn last line is ignored. Raises ValueError with the line number when any other
+    line is not a record: a flat JSON object of finite numbers, truth values and nulls with a `global_step`.
     """
     if not path.exists():
         return []
@@ -89,7 +89,7 @@ def _parse(line: bytes) -> Record:
 
 
 def check_complete(path: Path, records: Iterable[Record]) -> None:
-    """Raise ValueError when a record lacks what charts, tables and checkpoints are made of."""
+    """Raise ValueError when a record lacks a field that is needed. Charts, tables and checkpoints need them."""
     for record in records:
         missing = (NUMBERS - {name for name, value in record.items() if value is not None}) | (NULLABLE - record.keys())
         if missing:
@@ -98,9 +98,9 @@ def check_complete(path: Path, records: Iterable[Record]) -> None:
 
 
 def cut_after(path: Path, global_step: int) -> list[Record]:
-    """Drop the lines after `global_step` (and a torn last one) from the file; return the lines that stay.
+    """Drop later lines and a torn one; return the rest.
 
-    Raises ValueError, with the file as it was, when one of those is not whole.
+    Raises ValueError, with the file as it was, when one of the rest is not complete.
     """
     kept = read(path, until=global_step)  # what follows may be anything: it goes
     check_complete(path, kept)
@@ -110,7 +110,7 @@ def cut_after(path: Path, global_step: int) -> list[Record]:
 
 
 def rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Put a new file in the place of the old one, in one step."""
+    """Replace the file atomically."""
     atomic.write_text(path, _lines(records), durable=True)
 
 
@@ -119,5 +119,5 @@ def _lines(records: Iterable[Record]) -> str:
 
 
 def finite(value: float) -> float | None:
-    """Return the number, or None (null in the file) when it is not finite."""
+    """Return the number, or None (null in the file) if not finite."""
     return value if math.isfinite(value) else None

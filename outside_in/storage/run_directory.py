@@ -1,4 +1,4 @@
-"""The only place that knows paths inside `runs/<name>/`, and the lock that keeps a second process out."""
+"""The paths inside `runs/<name>/`, and the lock of a run."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ OWNER = re.compile(r"process (\d+) on (\S+)\n")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run: a folder with `model.json` and `train.json` (the user's) and everything that training adds."""
+    """One run: the user's `model.json` and `train.json`, and what training adds."""
 
     path: Path
 
@@ -38,7 +38,7 @@ class RunDirectory:
 
     @property
     def initial_weights(self) -> Path:
-        """Where an import puts the weights that its run starts from; any run may start from any file."""
+        """Return where an import puts the weights that its run starts from."""
         return self.path / "initial" / "model.safetensors"
 
     @property
@@ -58,11 +58,11 @@ class RunDirectory:
         return self.path / "gradient-norm-chart.png"
 
     def rejected(self, global_step: int) -> Path:
-        """Where what is known of a rejected update goes."""
+        """Return the path of a rejected update's record."""
         return self.path / f"rejected-{global_step}.json"
 
     def check(self) -> None:
-        """Raise ValueError unless the folder is there."""
+        """Raise ValueError unless the folder exists."""
         if self.path.is_file():
             raise ValueError(f"{self.path}: expected a run folder, got a file; name the folder that holds train.json")
         if not self.path.is_dir():
@@ -72,9 +72,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; a lock left by a dead process does not count.
+        """Lock the run for this process.
 
-        Raises ValueError naming host and process id when another process holds it, or when the folder is read-only.
+        A lock left by a dead process does not count. Raises ValueError naming host and process id when another process
+        holds it, or when the folder is read-only.
         """
         lock_file = self.path / ".lock"
         try:
@@ -94,7 +95,10 @@ class RunDirectory:
 
 
 def _owner(file: TextIO) -> str:
-    """Read who holds a lock; the holder writes it just after it has got the lock, over what a dead one has left."""
+    """Return who holds a lock.
+
+    The holder writes that just after it gets the lock, over what a dead process left; so this waits up to a second.
+    """
     text = ""
     for _ in range(100):
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Opening safetensors files, which anybody may have made."""
+"""Opens safetensors files, which may come from anybody."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,7 @@ MAX_HEADER_BYTES = 4_000_000  # enough for thousands of layers
 
 
 def open_tensors(path: Path) -> Any:
-    """Open a safetensors file for reading slices as NumPy arrays; of its content nothing is read yet.
-
-    Raises ValueError when it is another kind of file.
-    """
+    """Open a safetensors file for reading slices as NumPy arrays. Raises ValueError when it is another kind of file."""
     try:
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:

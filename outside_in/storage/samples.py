@@ -9,7 +9,7 @@ LINE = re.compile(r"step (\d+) \| .*")
 
 
 def append(path: Path, global_step: int, text: str) -> None:
-    """Append a completion; its line breaks become a backslash and an n. After an OSError the file is as it was."""
+    """Append a completion as one line, its line breaks escaped. After an OSError the file is as it was."""
     atomic.append_text(path, f"step {global_step} | {_one_line(text)}\n")
 
 

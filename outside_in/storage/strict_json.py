@@ -1,4 +1,4 @@
-"""Strict JSON: objects only, no duplicate keys, no NaN, no depths or sizes that only an attack has."""
+"""Strict JSON: no duplicate keys, no NaN, no excessive depth or size."""
 
 import json
 import stat
@@ -18,11 +18,12 @@ JSON_NAMES = {
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON object that a program has saved. Raises ValueError with one line that names the file."""
+    """Read a JSON object. Raises ValueError with one line that names the file."""
     return parse_object(read_text(path, "a few pages of JSON", max_bytes=max_bytes), str(path))
 
 
 def read_text(path: Path, expected: str, remedy: str = "", max_bytes: int = MAX_BYTES) -> str:
+    """Read a UTF-8 file of at most `max_bytes`. Raises ValueError; `expected` and `remedy` go into its message."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ValueError(f"{path}: expected a JSON file, got a folder or a device")
@@ -40,6 +41,7 @@ def read_text(path: Path, expected: str, remedy: str = "", max_bytes: int = MAX_
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises ValueError; `source` names the text in its message."""
     if text.startswith("\ufeff"):
         raise ValueError(f"{source}: starts with a byte order mark (BOM); save it as plain UTF-8")
     try:

@@ -1,4 +1,4 @@
-"""Numbers with their nouns."""
+"""A number with its noun."""
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

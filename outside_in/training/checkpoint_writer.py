@@ -1,8 +1,8 @@
-"""Checkpoints of a run in progress: measured and copied at once, written while training goes on.
+"""Writes checkpoints in the background, after validation and sampling.
 
-At a checkpoint the loop waits for validation, for the sample and for the copy to host memory; a thread does the rest,
-one checkpoint at a time. A write that fails is a warning and the next one is tried when it is due, until it is clear
-that the failure stays.
+At a checkpoint the loop waits for validation, for the sample and for the copy to host memory. A thread does the rest,
+one checkpoint at a time. A failed write is a warning, and the next one is tried when it is due, until it is clear that
+the failure stays.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ SHOWN_LOSSES = {"loss": "avg_train_loss", "lowest": "min_train_loss", "validatio
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints; a context manager that waits for the last write, whatever happens.
+    """Saves a run's checkpoints; on exit, waits for the last write.
 
-    `stop` says whether the user wants to leave: then validation is broken off, and made up for on resume.
-    OSError means that training cannot be saved any more.
+    `stop` says whether the user wants to leave: then validation is interrupted, and made up for on resume. OSError
+    means that training cannot be saved any more.
     """
 
     def __init__(self, state: TrainState, stop: Callable[[], bool]) -> None:
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def save(self, *, is_milestone: bool, prune: bool = True) -> None:
-        """Start a checkpoint of the present step; a milestone also validates, samples, and may become the best one."""
+        """Start a checkpoint of the present step. A milestone also validates, samples, and may become the best one."""
         state = self._state
         self._wait()
         self._step = state.global_step
@@ -75,12 +75,12 @@ class CheckpointWriter:
             self._pending = self._thread.submit(write)
 
     def poll(self) -> None:
-        """Look whether a write has ended meanwhile, without waiting; several processes all look later, together."""
+        """Check whether a write has ended, without waiting. Several processes do that later, together."""
         if self._pending and self._pending.done() and not processes.is_distributed():
             self._wait()
 
     def finish(self, *, is_milestone: bool, prune: bool = True) -> None:
-        """Have the present step on the disk before returning; tries a few times."""
+        """Save the present step, durably; try a few times."""
         state = self._state
         for attempt in range(MAX_FAILURES):
             self._wait(raising=False)
@@ -95,7 +95,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
-        """Book the time of the block as waiting for checkpoints, which is no part of the next step."""
+        """Book the time of the block for checkpoints."""
         state, started = self._state, time.monotonic()
         try:
             with state.time_budget.during("checkpoints"):
@@ -106,7 +106,7 @@ class CheckpointWriter:
             state.seconds_paused += state.last_collected - started
 
     def _validate_and_sample(self) -> bool:
-        """Validate and sample, once a step; False when the user wants to leave before that is done."""
+        """Validate and sample, once a step; False when interrupted by a stop."""
         state = self._state
         if self._validated_step == state.global_step:
             return True
@@ -138,7 +138,7 @@ class CheckpointWriter:
         return True
 
     def _snapshot(self, meta: dict[str, Any], prune: bool) -> Callable[[], None]:
-        """Copy what a checkpoint needs, and return the work that is left for the thread."""
+        """Copy what a checkpoint needs; return the function that writes it."""
         state, run = self._state, self._state.run
         copy = checkpointing.snapshot(run.checkpoints, state.model, state.optimizer, state.global_step)
         model_json, records = state.model_config.model_dump_json(), list(state.records)
@@ -186,7 +186,10 @@ class CheckpointWriter:
 
 
 def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
-    """Return a checkpoint's meta: losses and gradient norms since the milestone before it, and what it is."""
+    """Return a checkpoint's meta.
+
+    It has losses, gradient norms and the like of the period since the last milestone, and whether it is the best.
+    """
     period = [record for record in state.records if record["global_step"] > state.period_start]
     losses = [record["loss"] for record in period if record["loss"] is not None]
     norms = [record["gradient_norm"] for record in period if record["gradient_norm"] is not None]
@@ -218,7 +221,10 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
 
 
 def sample(state: TrainState) -> str | None:
-    """Complete the sample prompt greedily; None when the model's vocabulary is not GPT-2's."""
+    """Complete the sample prompt greedily.
+
+    Returns None when the model's vocabulary is not GPT-2's, and in all but the main process.
+    """
     if not tokenizer.is_gpt2(state.model_config.vocab_size):
         return None
     prompt = state.config.sample_prompt

@@ -1,4 +1,4 @@
-"""The training loop: from where a run is to its end, or to a stop that is asked for."""
+"""The training loop."""
 
 import math
 import shlex
@@ -35,9 +35,10 @@ class StartedStep(NamedTuple):
 
 
 def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
-    """Train to the end of the run or until a stop is asked for, and save the last step either way.
+    """Train to the end, or until a stop is asked for.
 
-    Raises RuntimeError, with everything saved, when too many updates in a row were rejected.
+    The last step is saved either way. Raises RuntimeError, with everything saved, when too many updates in a row were
+    rejected or a check failed.
     """
     total, seed_key = state.total_steps, jax.random.key(state.config.seed)
     batch, checksum = next_batch(state)
@@ -85,9 +86,9 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
 
 
 def next_batch(state: TrainState) -> tuple[list[Batch], int]:
-    """Put the arrays of the coming global step on the devices, a batch per compiled call.
+    """Put the batches of the coming global step on the devices.
 
-    Also returns the CRC-32 of the tokens that this process has brought.
+    There is one for each compiled call. Also returns the CRC-32 of this process's tokens.
     """
     calls = state.train_stream.calls(state.global_step, state.config.calls_per_step)
     checksum = 0
@@ -97,7 +98,7 @@ def next_batch(state: TrainState) -> tuple[list[Batch], int]:
 
 
 def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compiled:
-    """Compile the training step; raises ValueError, with what would fit, when the device has too little memory."""
+    """Compile the training step. Raises ValueError, with what would fit, when the device has too little memory."""
     log.info("compiling the training step")
     state.time_budget.switch("compiling")
     step = compile_train_step(state.model, state.optimizer, batch, seed_key, state.config, state.mesh)
@@ -107,7 +108,7 @@ def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compil
 
 
 def finish_step(state: TrainState, started: StartedStep, bar: tqdm) -> bool:
-    """Wait for a step, record and show it; return whether too many updates in a row were rejected."""
+    """Wait for a step, record and show it. Returns whether too many updates in a row were rejected."""
     reports = jax.device_get(started.reports)
     loss = mean_loss_of_calls(reports)
     state.records.append(record := make_record(state, started, reports[-1].update, loss))
@@ -143,7 +144,7 @@ def make_record(state: TrainState, started: StartedStep, update: UpdateReport, l
 
 
 def advice_when_stuck(state: TrainState) -> str:
-    """Say why training ended after too many rejected updates, and what to type."""
+    """Return an error message: why training ended, and what to type."""
     path = state.run.rejected(state.global_step)
     where = f" (see {path})" if path.exists() else ""
     return (
@@ -154,7 +155,7 @@ def advice_when_stuck(state: TrainState) -> str:
 
 
 def way_back(state: TrainState) -> str:
-    """Say what to type after too many rejections."""
+    """Return what to type after too many rejections."""
     run, uniform = state.run, math.log(state.model_config.vocab_size)
     start = f"uv run train.py {shlex.quote(str(run.path))}"
     again = f"lower learning_rate, move {run.checkpoints} away, and start again: {start}"

@@ -1,4 +1,4 @@
-"""Training-time monitors: the first loss, whether parameters change, and the checks that are asked for."""
+"""Training-time monitors: first loss, unchanged parameters, requested checks."""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ MAX_DISTANCE = 0.5  # nats, of a first loss from that of a uniform guess
 
 
 class StepMonitor:
-    """Looks at every global step before and after it; unless more is asked for, until the first update is accepted.
+    """Checks every global step before and after it.
 
-    `pattern` asks for a line of hashes after every step, of the parameters that it matches (a shell's pattern; raises
-    ValueError when it matches none); `debug_checks` for a second pass through every microbatch, looking for what is not
-    finite.
+    Unless more is asked for, it stops after the first accepted update. `pattern` asks for a line of hashes after every
+    step, of the parameters that this shell pattern matches; raises ValueError when it matches none. `debug_checks` asks
+    for a second pass through every microbatch, to find what is not finite.
     """
 
     def __init__(self, state: TrainState, *, pattern: str | None = None, debug_checks: bool = False) -> None:
@@ -35,7 +35,7 @@ class StepMonitor:
             parameter_hashes(state.model, pattern)
 
     def before_step(self, calls: list[Batch], seed_key: jax.Array) -> str | None:
-        """Return what a check finds wrong with the batch of the coming global step."""
+        """Return what a check finds wrong with the coming batch."""
         if self._hashes is None:
             self._is_proven = self._state.global_step > 0
             self._hashes = self._hash()
@@ -43,7 +43,7 @@ class StepMonitor:
         return next(filter(None, findings), None)
 
     def after_step(self, reports: Sequence[StepReport]) -> None:
-        """Log what there is to say; raises RuntimeError when the first accepted update has changed nothing."""
+        """Log the first loss and the hashes. Raises RuntimeError when the first accepted update has changed nothing."""
         state, before = self._state, self._hashes
         if state.global_step == 1 and state.config.initial_weights is None:
             log_first_loss(mean_loss_of_calls(reports), state.model_config.vocab_size)
@@ -65,7 +65,7 @@ class StepMonitor:
 
 
 def log_first_loss(loss: float, vocab_size: int) -> None:
-    """Compare the first loss with that of a uniform guess."""
+    """Log the first loss beside that of a uniform guess."""
     uniform = math.log(vocab_size)
     line = f"first loss {loss:.4f}; a uniform guess over {vocab_size:,} tokens is {uniform:.4f}"
     if math.isnan(loss):

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the world it was trained in, and what of that may differ on resume."""
+"""What may differ between a checkpoint and the run that resumes it."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,7 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
 
 def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]) -> dict[str, Any]:
-    """Return what goes into a checkpoint's meta file: both configs, versions, the fingerprints of the data."""
+    """Return configs, versions and fingerprints of the data, for a checkpoint's meta."""
     return {
         "model_config": model.model_dump(),
         "train_config": train.model_dump(),
@@ -25,13 +25,13 @@ def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a bit-for-bit repetition depends on, and the kind of device."""
+    """Return the versions and the device that bit-for-bit repetition depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries}
 
 
 def check_form(meta: dict[str, Any], source: Path) -> None:
-    """Raise ValueError when a checkpoint's meta lacks what resuming takes; `source` names its file."""
+    """Raise ValueError when a checkpoint's meta lacks what resuming needs. `source` names its file."""
     expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
     expected |= {"seconds_paused": float} if "seconds_paused" in meta else {}
     unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
@@ -40,7 +40,7 @@ def check_form(meta: dict[str, Any], source: Path) -> None:
 
 
 def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> None:
-    """Compare configs and versions with a snapshot; log every difference that is allowed.
+    """Compare configs and versions with a snapshot; log every allowed difference.
 
     Raises ValueError on a fatal change, and on an announced one unless `accept`.
     """
@@ -60,7 +60,7 @@ def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig,
 
 
 def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
-    """Raise ValueError when the training tokens differ from a snapshot's, or the validation tokens unless `accept`."""
+    """Raise ValueError when the tokens differ from a snapshot's. Validation tokens may differ with `accept`."""
     for split, remedy in (("train", "start a new run"), ("validation", "resume with --accept-changes")):
         old, new = saved["data"].get(split), data[split]
         if old != new and not (split == "validation" and accept):

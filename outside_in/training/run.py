@@ -1,4 +1,4 @@
-"""One run from its start to its end: plan, restore or build, train, report."""
+"""One run from start to end: plan, restore or build, train, report."""
 
 import argparse
 
@@ -69,7 +69,7 @@ def run_training(
 
 
 def check_same(model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace) -> None:
-    """Raise ValueError when the processes of a run have different configs or options."""
+    """Raise ValueError when the processes have different configs or options."""
     options = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
     configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
     with processes.propagate_errors():
@@ -77,7 +77,7 @@ def check_same(model_config: ModelConfig, config: TrainConfig, args: argparse.Na
 
 
 def find_start(run: RunDirectory, which: str | None) -> Checkpoint | None:
-    """Return the checkpoint to resume from, which the main process selects for all; None for a new run."""
+    """Return the checkpoint to resume from; None for a new run. The main process selects it for all."""
     name = None
     with processes.propagate_errors():
         if processes.is_main_process():
@@ -88,7 +88,7 @@ def find_start(run: RunDirectory, which: str | None) -> Checkpoint | None:
 
 
 def announce(plan: Plan) -> None:
-    """Say what the run will be, need and use."""
+    """Log what the run will be, need and use."""
     config, kind = plan.config, device_kind()
     for line in preflight.describe(
         plan.run, plan.model_config, config, tokens_available(config), leaked_share(config), plan.mesh
@@ -104,7 +104,7 @@ def announce(plan: Plan) -> None:
 
 
 def report(state: TrainState, stop: StopRequest, resume_line: str) -> int:
-    """Say how a run has ended, where its time went, and what to type next; return the exit code."""
+    """Log how a run has ended and what to type next. Returns the exit code."""
     log.info(state.time_budget.describe())
     step, total = state.global_step, state.total_steps
     if step == total and not state.needs_validation:

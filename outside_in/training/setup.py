@@ -1,4 +1,4 @@
-"""How a run starts or resumes: its plan, its tokens, model and optimizer, and what a checkpoint says of them."""
+"""How a run starts or resumes: plan, tokens, model and optimizer."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from outside_in.weights import load_model, read_model_json
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be on the devices that are there."""
+    """What a run will be on the present devices."""
 
     run: RunDirectory
     model_config: ModelConfig
@@ -41,7 +41,7 @@ class Plan:
 
 
 def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, checkpoint: Checkpoint | None) -> Plan:
-    """Return a run's plan; a run keeps the sequences per global step with which it began, on any devices."""
+    """Return a run's plan. A run keeps the sequences per global step with which it started, on any devices."""
     mesh = make_mesh(config.mesh)
     devices = devices_at_start(config, checkpoint.meta) if checkpoint else mesh.devices.size
     sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
@@ -50,7 +50,7 @@ def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, 
 
 
 def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
-    """Return on how many devices a run has begun, by what a checkpoint says: that sets the size of a global step."""
+    """Return on how many devices a run started, from a checkpoint's meta. That sets the size of a global step."""
     of_one = config.gradient_accumulation_steps * config.microbatch_size
     sequences = meta.get("sequences_per_step", of_one)
     if not isinstance(sequences, int) or sequences < of_one or sequences % of_one:
@@ -59,7 +59,7 @@ def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
 
 
 def describe_progress(run: RunDirectory) -> str:
-    """Say how far a run is: new, at step N of M, or finished. Raises ValueError when its files are wrong."""
+    """Return a run's progress: new, at step N of M, or finished. Raises ValueError when its files are wrong."""
     config, model_config = load_config(run.train_config, TrainConfig), load_config(run.model_config, ModelConfig)
     checkpoints = checkpointing.find_checkpoints(run.checkpoints)
     if not checkpoints:
@@ -73,7 +73,7 @@ def describe_progress(run: RunDirectory) -> str:
 
 
 def list_runs(folder: Path) -> int:
-    """Print a line for every run below a folder: new, at step N of M, or finished; return the exit code."""
+    """Print a line for every run below a folder. Returns the exit code."""
     runs = find_runs(folder)
     width = max((len(str(run.path)) for run in runs), default=0)
     for run in runs:
@@ -124,14 +124,14 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
 
 
 def reference_losses(model_config: ModelConfig, tokens: Any) -> dict[str, float]:
-    """Return losses in nats to compare a run's with, by what reaches them."""
+    """Return losses in nats to compare a run's with, by name."""
     uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(tokens)
     losses = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
     return losses | ({"unigram entropy of the data": unigram} if unigram < uniform - 0.05 else {})
 
 
 def start(state: TrainState) -> None:
-    """Begin a new run: from `initial_weights` where there are some, with no history."""
+    """Start a new run, without history, from `initial_weights` if set."""
     with processes.propagate_errors():
         load_initial_weights(state)
         set_history_aside(state)
@@ -139,7 +139,7 @@ def start(state: TrainState) -> None:
 
 
 def load_initial_weights(state: TrainState) -> None:
-    """Put `initial_weights` into a fresh model; raises ValueError when they are those of another model."""
+    """Load `initial_weights`, if set, into a fresh model. Raises ValueError when they are another model's."""
     if state.config.initial_weights is None:
         return
     in_the_run = state.run.path / state.config.initial_weights  # as an import has it, so that a run can be moved
@@ -154,9 +154,10 @@ def load_initial_weights(state: TrainState) -> None:
 
 
 def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_again: bool) -> None:
-    """Load a checkpoint, and forget the metrics and samples of later steps.
+    """Load a checkpoint, and drop the metrics and samples of later steps.
 
-    `accept` other validation tokens; `commit_again` makes it the newest, so that the next start resumes from it too.
+    `accept` allows other validation tokens. `commit_again` makes it the newest, so that the next start resumes from it
+    too.
     """
     resume_checks.check_data(checkpoint.meta, state.snapshot["data"], accept=accept)
     with processes.propagate_errors():

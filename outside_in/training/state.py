@@ -1,4 +1,4 @@
-"""A run in progress: its configs, what training changes, and what it has recorded."""
+"""A run in progress."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ RECENT = 20  # steps over which tokens per second is taken
 
 @dataclass
 class TrainState:
-    """A run in progress: its configs, what training changes, and the tokens that it consumes."""
+    """A run in progress: configs, what training changes, tokens, records."""
 
     run: RunDirectory
     model_config: ModelConfig
@@ -62,17 +62,17 @@ class TrainState:
 
     @property
     def seconds(self) -> float:
-        """Time of training by all processes, compiling and checkpoints included."""
+        """Return the time of training by all processes, compiling and checkpoints included."""
         return self.seconds_before + time.monotonic() - self.started
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed of the latest steps."""
+        """Return the speed of the latest steps."""
         return self.tokens_per_step / max(statistics.median(r["seconds"] for r in self.records[-RECENT:]), 1e-9)
 
     @property
     def period_start(self) -> int:
-        """The milestone before the present step: a step at which a checkpoint validates and samples."""
+        """Return the last milestone before the present step. At a milestone a checkpoint is validated and sampled."""
         interval = self.config.checkpoint_interval
         return (self.global_step - 1) // interval * interval
 
@@ -82,7 +82,7 @@ class TrainState:
 
 
 def write_metrics_if_possible(state: TrainState) -> None:
-    """Write new records; a failure is a warning, and the next checkpoint insists."""
+    """Write new records; log a warning on failure. The next checkpoint insists."""
     try:
         state.metrics.write()
     except OSError as error:

@@ -120,7 +120,7 @@ def test_the_first_loss_is_compared_with_a_uniform_guess(logged, loss, warns):
 
 @pytest.mark.parametrize(
     ("loss", "cause"),
-    [(12.0, "a loss that is a sum"), (1.0, "targets that are the inputs"), (math.nan, "--debug-checks")],
+    [(12.0, "a loss that is a sum"), (1.0, "targets that equal the inputs"), (math.nan, "--debug-checks")],
 )
 def test_a_first_loss_that_is_off_comes_with_likely_causes(logged, loss, cause):
     log_first_loss(loss, 50257)

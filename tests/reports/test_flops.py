@@ -54,4 +54,4 @@ def test_the_share_of_the_peak_is_that_of_the_formula_where_the_peak_is_known() 
 def test_a_peak_is_told_with_its_source_and_an_unknown_one_as_such() -> None:
     known = "989.5 TFLOP/s in bfloat16, by https://www.nvidia.com/en-us/data-center/h200/"
     assert describe_peak("NVIDIA H200", "bfloat16") == f"peak    {known}"
-    assert describe_peak("cpu", "float32").startswith("peak    not known for this device (cpu)")
+    assert describe_peak("cpu", "float32").startswith("peak    unknown for this device (cpu)")

@@ -165,7 +165,7 @@ def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, po
     monkeypatch.setattr(setup, "create_model", partial(all_poisoned, setup.create_model))
     run = make_run(train={"max_consecutive_rejections": 3})
     line = complaint(train(run), code=1)
-    assert f"{run / 'rejected-'}" in line and "says where" in line
+    assert f"{run / 'rejected-'}" in line and "; see " in line
 
 
 def all_poisoned(create, *arguments):

@@ -42,7 +42,7 @@ def test_a_meta_without_what_going_on_takes_is_refused_by_the_name_of_it(saved, 
 
 
 def test_data_that_the_checkpoint_says_nothing_of_are_other_data(saved):
-    with pytest.raises(ValueError, match="the train tokens are not the checkpoint's: None → 2000"):
+    with pytest.raises(ValueError, match="the train tokens differ from the checkpoint's: None → 2000"):
         resume_checks.check_data(saved | {"data": {}}, DATA, accept=True)
 
 
@@ -119,7 +119,7 @@ def test_a_key_that_came_after_the_checkpoint_is_no_change(saved):
 @pytest.mark.parametrize("old", ["1999 tokens, sha256 cc", None])
 def test_other_training_tokens_are_refused_whatever_is_accepted(saved, old, accept):
     saved["data"]["train"] = old
-    with pytest.raises(ValueError, match=f"train tokens are not the checkpoint's: {old} → 2000 tokens.*new run"):
+    with pytest.raises(ValueError, match=f"train tokens differ from the checkpoint's: {old} → 2000 tokens.*new run"):
         resume_checks.check_data(saved, DATA, accept=accept)
 
 

@@ -1,4 +1,4 @@
-"""Compressed files, read as they come: gzip and zstd."""
+"""Compressed files, read as streams: gzip and zstd."""
 
 import errno
 import gzip
@@ -15,7 +15,7 @@ BLOCK_BYTES = 2**20
 
 @contextmanager
 def open_compressed(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """Open a file twice: as it is on the disk, and decompressed."""
+    """Open a file twice: raw, and decompressed."""
     try:
         with path.open("rb") as raw:
             if path.suffix.lower() == ".gz":
@@ -38,7 +38,7 @@ def open_compressed(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
 
 
 def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
-    """Decompress all frames of a zstd file; raises EOFError when the last one breaks off."""
+    """Yield the content of all frames of a zstd file. Raises EOFError when the last one is incomplete."""
     decompressor = require("zstandard").ZstdDecompressor(max_window_size=2**31)
     frame = None
     while content := raw.read(BLOCK_BYTES):
@@ -52,7 +52,7 @@ def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
 
 
 class _Chunks(io.RawIOBase):
-    """Bytes that come in chunks, as a file."""
+    """A file whose content comes in chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")

@@ -1,6 +1,6 @@
-"""What is in a folder of token files: counts, validation text that was trained on, where the tokens come from.
+"""What is in a folder of token files: counts, leakage, sources.
 
-Counted from the token files, and compared with what `data.json` says of them. Files may be larger than memory.
+Counted from the token files, which may be larger than memory, and compared with `data.json`.
 """
 
 import itertools
@@ -33,14 +33,13 @@ SOURCE_FACTS = {
 
 
 def describe(folder: Path, *, progress: Progress = show_nothing) -> tuple[dict[str, Any], list[str]]:
-    """Count what is in a folder of token files, and say it, beside what `data.json` says of their origin.
-
-    `progress` is that of `find_leakage`, which takes most of the time.
+    """Count what is in a folder of token files, and describe it.
 
     Returns `{"splits": {"train": …, "validation": …}, "leakage": …}` with the facts of `describe_split` and
-    `find_leakage`, validation left out and leakage None where there is no validation file; and the lines to print, with
-    a `WARNING` for every number that `data.json` has otherwise.
-    Raises ValueError when a token file (see `describe_split`) or `data.json` is not what it should be.
+    `find_leakage` (no validation and leakage None where there is no validation file); and the lines to print, which
+    include `data.json`'s, and a `WARNING` for every number in which it differs.
+    `progress` is that of `find_leakage`, which takes most of the time.
+    Raises ValueError when a token file (see `describe_split`) or `data.json` is malformed.
     """
     recorded = _read_recorded(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
     train, validation = paths = [folder / f"{split}.safetensors" for split in SPLITS]
@@ -51,7 +50,7 @@ def describe(folder: Path, *, progress: Progress = show_nothing) -> tuple[dict[s
 
 
 def lines(description: dict[str, Any]) -> list[str]:
-    """Say what `data.json` says (or `describe` has counted, where there is none), one fact a line."""
+    """Return the lines that describe `data.json`, or what `describe` counted."""
     leaked, dropped = description["leakage"], description.get("duplicates_dropped")
     facts = [
         *(_split_line(split, counts) for split, counts in description["splits"].items()),
@@ -72,8 +71,8 @@ def describe_split(path: Path) -> dict[str, Any]:
     """Count the tokens and documents of a token file.
 
     Returns `tokens`; `documents`, each ended by `<|endoftext|>` or by the end of the file; `longest_document` in
-    tokens, without its `<|endoftext|>`; and `unigram_entropy` in nats: the loss of a model that knows nothing but how
-    often each token occurs.
+    tokens, without its `<|endoftext|>`; and `unigram_entropy` in nats, the loss of a model that knows only how often
+    each token occurs.
     Raises ValueError when there is no one-dimensional integer tensor `tokens`, or an id that GPT-2 does not have.
     """
     tokens = longest = 0
@@ -95,7 +94,10 @@ def describe_split(path: Path) -> dict[str, Any]:
 
 
 def recorded_leakage(folder: Path) -> float | None:
-    """Return the share of validation that `data.json` says is in training; None where it does not say so."""
+    """Return the share of validation that occurs in training, from `data.json`.
+
+    Returns None when it has no such number.
+    """
     try:
         share = _read_recorded(folder / DESCRIPTION)["leakage"]["share"]
     except (ValueError, KeyError, TypeError):  # training does not depend on this file
@@ -104,7 +106,7 @@ def recorded_leakage(folder: Path) -> float | None:
 
 
 def _sample(path: Path) -> str:
-    """Decode the first tokens of the first document that is not empty."""
+    """Decode the start of the first document that is not empty."""
     _, ids = next(token_slices(path, tokenizer.VOCAB_SIZE, leakage.SLICE_TOKENS), (0, np.array([], np.uint16)))
     started = itertools.dropwhile(lambda token: token == tokenizer.END_OF_TEXT, ids.tolist())
     document = itertools.takewhile(lambda token: token != tokenizer.END_OF_TEXT, started)
@@ -142,7 +144,7 @@ def _option_texts(options: dict[str, Any]) -> Iterator[str]:
 
 
 def _differences(recorded: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
-    """Warn of every number in `data.json` that the token files have otherwise, or that they do not have."""
+    """Yield a warning for every number of `data.json` that is wrong."""
     old, new = (content.get("splits", {}) | {"leakage": content.get("leakage")} for content in (recorded, facts))
     for part in (*SPLITS, "leakage"):
         if old.get(part) and not new.get(part):
@@ -185,5 +187,5 @@ def _format(value: Any) -> str:
 
 
 def _printable(value: Any) -> str:
-    """Show what a file says, which may be anything, in part of a line."""
+    """Return a short printable form of any value."""
     return repr(str(value))[1:-1][:200]

@@ -1,4 +1,4 @@
-"""The folder that prepare_data.py makes: whether it may, and whether the disk has room."""
+"""Checks of the folder to create: its name, and the disk's space."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,10 @@ COMPRESSION = 3.0
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Raise ValueError unless a folder of token files may be made here; what is not one is never replaced."""
+    """Raise ValueError unless a folder of token files may be created here.
+
+    Only a folder of token files is ever replaced.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
@@ -25,7 +28,7 @@ def check_place(out: Path, overwrite: bool) -> None:
 
 
 def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copies: int) -> None:
-    """Raise ValueError when the disk has clearly too little room."""
+    """Raise ValueError when the disk clearly has too little space."""
     text_bytes = sum(
         (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
         for source in sources

@@ -1,4 +1,4 @@
-"""Documents out of files of text, JSON lines or Parquet, plain or compressed, and out of datasets of the Hub."""
+"""Documents from text, JSON lines or Parquet files, and from Hub datasets."""
 
 import codecs
 import itertools
@@ -19,7 +19,7 @@ ROWS = 256  # of a table, read at a time
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in files: see `prepare_data.py --help`."""
+    """How to find documents in files: see `prepare_data.py --help`."""
 
     field: str = "text"
     separator: str | None = None
@@ -43,11 +43,11 @@ class File:
 
     @property
     def version(self) -> list[int]:
-        """What changes with the file's content: size and time of modification."""
+        """Return size and time of modification, which change with the content."""
         return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
     def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
-        """Yield all documents but the first `skip`, each with how many bytes of the file have been read.
+        """Yield documents after the first `skip`, and the bytes read so far.
 
         Raises ValueError, naming the place, when one cannot be read.
         """
@@ -64,7 +64,7 @@ class File:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset for the library `datasets`: on the Hugging Face Hub, or a folder or script that it understands."""
+    """A dataset that the library `datasets` loads, from the Hub or locally."""
 
     dataset: str
     config: str | None
@@ -75,7 +75,7 @@ class HubDataset:
         return replace(self, revision=revision)
 
     def newest_revision(self) -> str | None:
-        """Ask the Hub for the newest commit; a local folder has none."""
+        """Ask the Hub for the newest commit; None for a local folder."""
         if Path(self.dataset).exists():
             return None
         from huggingface_hub import HfApi  # half a second, which local text does not need
@@ -102,7 +102,7 @@ class HubDataset:
         return self.revision
 
     def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
-        """Stream all documents but the first `skip`, each with how many bytes of text have come so far."""
+        """Stream documents after the first `skip`, and their bytes so far."""
         datasets = require("datasets")
         datasets.disable_progress_bars()
         try:
@@ -119,9 +119,9 @@ class HubDataset:
 
 
 def find_files(paths: list[Path]) -> list[File]:
-    """List files, and the files below folders whose suffix tells that they hold text, in order of their names.
+    """List files, and the text files below folders, sorted by name.
 
-    Raises ValueError when a path does not exist or a folder has none.
+    Raises ValueError when a path does not exist, a file is empty, or a folder has no text files.
     """
     found = []
     for path in paths:
@@ -143,13 +143,13 @@ def find_files(paths: list[Path]) -> list[File]:
 
 
 def _kind(path: Path) -> str:
-    """Return the suffix that tells what a file holds, without that of its compression."""
+    """Return the suffix of a file's content, without that of its compression."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return inner.suffix.lower()
 
 
 def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
-    """Yield what stands between separators, or all of a file of plain text."""
+    """Yield the texts between separators, or all of a plain text file."""
     separator = (reading.separator or "").encode()
     rest, position, at_start = b"", 0, True
     while block := content.read(BLOCK_BYTES if separator else MAX_DOCUMENT_BYTES + 1):
@@ -170,7 +170,7 @@ def _texts(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 
 
 def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
-    """Yield a field of the JSON object in each line."""
+    """Yield one field of the JSON object in each line."""
     position = 0
     for i in itertools.count(1):
         line = content.readline(MAX_DOCUMENT_BYTES + 1)
@@ -195,7 +195,7 @@ def _lines(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]
 
 
 def _rows(path: Path, content: BinaryIO, reading: ReadOptions) -> Iterator[str]:
-    """Yield a column of a Parquet table, which needs a file to jump about in."""
+    """Yield one column of a Parquet table, which needs a seekable file."""
     require("pyarrow")
     import pyarrow  # an optional package
     from pyarrow import parquet

@@ -1,4 +1,4 @@
-"""Documents on their way to tokens: in batches, on all cores, in the order in which they come."""
+"""Documents to tokens: in batches, on all cores, in order."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ BORDER = re.compile(r"\S \S")
 
 @dataclass
 class Batch:
-    """Documents on their way: their digests, and their tokens in pieces."""
+    """Documents that are being tokenized: their digests, and their tokens in pieces."""
 
     source: int
     bytes_read: int  # of the source, after them
@@ -46,7 +46,10 @@ def batches(
     skip: int,
     special_tokens: bool,
 ) -> Iterator[Batch]:
-    """Hand the documents of sources to a pool, without the first `skip` ones of source number `first`."""
+    """Submit documents to a pool, and yield them in batches.
+
+    The first `skip` documents of source number `first`, and the sources before it, are left out.
+    """
 
     def submit(source: int, bytes_read: int, texts: list[str]) -> Batch:
         pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
@@ -74,13 +77,16 @@ def batches(
 
 
 def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:
-    """Encode texts, each followed by the end of a document unless it is the beginning of a longer one."""
+    """Encode texts, each followed by `<|endoftext|>` if `is_end`."""
     arrays = [encode_to_array(text, special=special) for text in texts]
     return [np.append(array, np.uint16(END_OF_TEXT)) for array in arrays] if is_end else arrays
 
 
 def ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
-    """Yield batches while later ones are being tokenized: a few pieces for each worker, of bounded size in all."""
+    """Yield batches while later ones are being tokenized.
+
+    A few pieces for each worker are in memory, of bounded size in all.
+    """
     waiting: deque[Batch] = deque()
     for batch in batches:
         waiting.append(batch)
@@ -97,10 +103,10 @@ def _digest(text: str) -> bytes:
 
 
 def cut(text: str) -> list[str]:
-    """Cut a long text into pieces of about `PIECE_CHARACTERS`, where GPT-2's encoding has a border in any case.
+    """Cut a long text into pieces of about `PIECE_CHARACTERS`.
 
-    That is before a space between two characters that are no spaces: a piece of GPT-2's pattern begins with it. Digits,
-    letters and signs around it do not matter.
+    Each cut is before a space between two characters that are not spaces. GPT-2's pattern begins a new piece there, so
+    the tokens stay the same.
     """
     pieces, start = [], 0
     while len(text) - start > PIECE_CHARACTERS:

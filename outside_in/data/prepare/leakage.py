@@ -1,4 +1,4 @@
-"""Validation text that was trained on: how much of it occurs in the training text, word for word."""
+"""Leakage: how much of validation occurs word for word in training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +22,14 @@ def show_nothing(tokens: int) -> None: ...
 def find_leakage(
     train_path: Path, validation_path: Path, *, length: int = LEAKAGE_LENGTH, progress: Progress = show_nothing
 ) -> dict[str, Any]:
-    """Count the validation text that occurs, word for word, anywhere in the training text.
+    """Count the validation sequences that occur anywhere in the training tokens.
 
     Validation is cut into sequences of `length` tokens, one after the other; a shorter rest is left out. Training is
-    searched at every token. Matches are found by 64-bit hashes, then compared token by token; only where two different
-    sequences of validation share a hash (odds of one in a million with six million of them) does the first stand for
-    both. Memory: about 80 bytes for each sequence of validation, whatever the size of training.
+    searched at every token. Matches are found by 64-bit hashes, then compared token by token. If two different
+    sequences of validation share a hash (odds of one in a million with six million of them), the first stands for both.
+    Memory: about 80 bytes for each sequence of validation, whatever the size of training.
 
-    `progress` is told how many training tokens have been searched.
+    `progress` is called with the number of training tokens searched so far.
     Returns `sequence_length`, `sequences`, how many of them were `found`, and their `share`.
     Raises ValueError as `describe_split` does.
     """
@@ -59,9 +59,10 @@ def find_leakage(
 
 
 def _window_hashes(ids: np.ndarray, length: int) -> np.ndarray:
-    """Hash every run of `length` consecutive tokens, as a mix of the hashes of its two halves (which may overlap).
+    """Hash every run of `length` consecutive tokens.
 
-    Takes ids, (n,), and returns (n - length + 1,), uint64; none when there are fewer tokens.
+    Each hash mixes those of the two halves, which may overlap. Takes ids, (n,), and returns (n - length + 1,), uint64;
+    none when there are fewer tokens.
     """
     hashes, width = ids.astype(np.uint64), 1
     while width < length:
@@ -75,21 +76,24 @@ def _window_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 
 def _sequence_hashes(path: Path, length: int) -> np.ndarray:
-    """Hash a token file cut into sequences of `length`: (num_tokens // length,), uint64."""
+    """Hash a token file cut into sequences: (num_tokens // length,), uint64."""
     whole = max(1, SLICE_TOKENS // length) * length
     hashes = [_window_hashes(ids, length)[::length].copy() for _, ids in token_slices(path, VOCAB_SIZE, whole)]
     return np.concatenate([np.array([], np.uint64), *hashes])
 
 
 def _bit_table(hashes: np.ndarray) -> np.ndarray:
-    """Make a table, uint8, with one bit set for every hash, and 63 of 64 or more not set."""
+    """Return a table, uint8, with one bit set for every hash. At least 63 of 64 bits are not set."""
     table = np.zeros(2 ** max(1, (8 * hashes.size).bit_length()), np.uint8)
     np.bitwise_or.at(table, _slots(table, hashes), _bits(hashes))
     return table
 
 
 def _places_in(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Return where the hashes are whose bits are set in a table: those that it was made of, and few others."""
+    """Return the indices of hashes whose bits are set in a table.
+
+    Those are the hashes it was made of, and few others.
+    """
     places = np.flatnonzero(table[_slots(table, hashes)])
     few = hashes[places]
     return places[table[_slots(table, few)] & _bits(few) != 0]

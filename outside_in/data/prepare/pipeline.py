@@ -1,7 +1,7 @@
-"""From documents to token files: all cores tokenize, the order stays, and a stop at any place loses nothing.
+"""From documents to token files: on all cores, in order, resumable.
 
-Everything is written into a folder beside the one asked for, which gets its name when it is complete. What is done is
-noted there every few seconds; a new start cuts the token files to that and goes on.
+Everything is written into a hidden folder beside the one asked for, which is renamed when it is complete. Progress is
+saved there every few seconds. A new start cuts the token files to it and resumes.
 """
 
 import fcntl
@@ -34,7 +34,7 @@ SECONDS_BETWEEN_SAVES = 10
 
 
 class Preparation:
-    """The folder in which token files grow. One process at a time; raises ValueError when there is another one."""
+    """The folder in which token files grow, open in one process. Raises ValueError when another process has it."""
 
     def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
         check_place(out, overwrite)
@@ -58,7 +58,10 @@ class Preparation:
             raise
 
     def _resume_or_start(self, overwrite: bool) -> None:
-        """Resume what an earlier process has saved; with `overwrite`, start over where that is impossible."""
+        """Resume the saved progress, or start.
+
+        Where it cannot be resumed, start over with `overwrite`, else raise ValueError.
+        """
         if not (self.folder / PROGRESS_FILE).exists():
             self._clear()  # what an earlier process has not saved
         try:
@@ -70,7 +73,7 @@ class Preparation:
             self._resume()
 
     def _clear(self) -> None:
-        """Remove all files; the progress goes first, since the others mean nothing without it."""
+        """Remove all files, the progress first: without it the others mean nothing."""
         self._close_files()
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
@@ -78,7 +81,7 @@ class Preparation:
                 path.unlink()
 
     def _resume(self) -> None:
-        """Read the progress, and cut the token files to it; raises ValueError if that is impossible."""
+        """Load the saved progress and cut the token files to it. Raises ValueError if that is impossible."""
         self.progress = Progress(self.command)
         if (self.folder / PROGRESS_FILE).exists():
             try:
@@ -117,9 +120,9 @@ class Preparation:
         return sum(writer.num_tokens for writer in self.writers.values())
 
     def read(self, workers: int, should_stop: Callable[[], bool], show: Callable[[int, "Preparation"], None]) -> None:
-        """Tokenize the documents that are left, until all are done, the limit is reached, or a stop is asked for.
+        """Tokenize the remaining documents, up to the limit or a stop.
 
-        `show` is told after each batch how many bytes of the present source have been read.
+        After each batch, `show` is called with the bytes read from the present source.
         """
         if self.progress.all_read:
             return
@@ -152,7 +155,7 @@ class Preparation:
         return self.options.limit_tokens is not None and self.num_tokens >= self.options.limit_tokens
 
     def _write(self, batch: Batch) -> bool:
-        """Append a batch's documents; return whether there was room for all of them."""
+        """Append a batch's documents; return False when the limit is reached."""
         progress = self.progress
         if batch.source != progress.source:
             progress.source, progress.documents_of_source = batch.source, 0
@@ -179,12 +182,15 @@ class Preparation:
         return True
 
     def _split_of(self, digest: bytes) -> str:
-        """Choose by the text alone: equal documents stay together, whatever else comes and in which order."""
+        """Return a document's split, by its text and the seed alone.
+
+        So equal documents stay together, whatever else comes and in which order.
+        """
         place = hashlib.blake2b(digest, digest_size=8, salt=self.options.seed.to_bytes(8, "little")).digest()
         return "validation" if int.from_bytes(place, "little") < self.options.validation * 2**64 else "train"
 
     def save_progress(self) -> None:
-        """Write down how far it is, after what it tells of is safely on the disk."""
+        """Save the progress, after the tokens that it counts."""
         for split, writer in self.writers.items():
             writer.sync()
             self.progress.tokens[split] = writer.num_tokens
@@ -194,10 +200,10 @@ class Preparation:
         self._saved_at = time.monotonic()
 
     def finish(self, show: Callable[[int], None]) -> dict[str, Any]:
-        """Complete the token files and `data.json`, and give the folder its name; returns what `data.json` says.
+        """Complete the token files and `data.json`, and rename the folder.
 
-        `show` is told how many training tokens have been searched for validation text. Raises ValueError when a split
-        would be empty.
+        Returns the content of `data.json`. `show` is called with the number of training tokens searched for validation
+        text. Raises ValueError when a split would be empty.
         """
         if not (self.folder / DESCRIPTION).exists():
             self._complete(show)

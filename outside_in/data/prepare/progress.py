@@ -1,4 +1,4 @@
-"""What a preparation is told to do, and how far it is."""
+"""The options of a preparation, and its progress."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from outside_in.storage.strict_json import read_json
 
 @dataclass(frozen=True)
 class Options:
-    """What decides, with the sources, which tokens come out."""
+    """The options that decide, with the sources, which tokens come out."""
 
     reading: ReadOptions
     validation: float = 0.01  # share of documents
@@ -25,7 +25,7 @@ class Options:
 
 @dataclass
 class Progress:
-    """How far a preparation is: what is on the disk, and which documents come next."""
+    """What is on the disk, and which documents come next."""
 
     command: dict[str, Any]
     source: int = 0  # the one that is being read
@@ -38,7 +38,7 @@ class Progress:
 
 
 def pinned(source: Source, progress_file: Path) -> Source:
-    """Fix the revision of a Hub dataset: the one that was begun with, else the newest."""
+    """Return a source at the saved revision, else at the newest."""
     if isinstance(source, File):
         return source
     try:

@@ -1,4 +1,7 @@
-"""Which documents were there before, kept on the disk: ten million of them take less than a gigabyte there."""
+"""Finds duplicate documents.
+
+Digests are on the disk: ten million take less than a gigabyte.
+"""
 
 import errno
 import os
@@ -10,14 +13,17 @@ from typing import Any
 
 
 class SeenDocuments:
-    """The documents that were there before, on the disk: their digests, and the index of the first of each."""
+    """The digests of all documents so far, on the disk."""
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path)
         self._do("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
 
     def add(self, digest: bytes, index: int) -> bool:
-        """Return whether document `index` is the first of its kind, also when it was added before a kill."""
+        """Return whether document `index` is the first with this digest.
+
+        It still is when it is added again after a kill.
+        """
         self._do("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, index)
         [first] = self._do("SELECT first FROM seen WHERE digest = ?", digest).fetchone()
         return first == index
