@@ -18,6 +18,7 @@ from outside_in.data.prepare.documents import HubDataset, ReadOptions, find_file
 from outside_in.runtime import cli
 from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest, listening
+from outside_in.storage.text import counted
 
 
 def main(args: argparse.Namespace) -> int:
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
 
 def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) -> int:
     if preparation.progress.documents:
-        log.info(f"resuming after {preparation.progress.documents:,} documents")
+        log.info(f"resuming after {counted(preparation.progress.documents, 'document')}")
     sizes = [source.size_bytes or 0 for source in preparation.sources]
     with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
@@ -68,7 +69,7 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
 
         preparation.read(workers, lambda: bool(stop), show)
     if stop:
-        log.info(f"stopped after {preparation.progress.documents:,} documents; the same command resumes")
+        log.info(f"stopped after {counted(preparation.progress.documents, 'document')}; the same command resumes")
         return stop.exit_code
 
     def searched(_: int) -> None:

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="prove-resume-") as scratch:
         alone = write_twin(run, Path(scratch) / "alone", args.steps)
-        print(f"training the undisturbed twin: {args.steps} steps, in {scratch}", flush=True)
+        print(f"training the undisturbed twin: {counted(args.steps, 'step')}, in {scratch}", flush=True)
         seconds = train_alone(alone)
         kills, rows = [], []
         plan = [PHASES[i % len(PHASES)] for i in range(args.kills)]
@@ -59,7 +59,9 @@ def main(args: argparse.Namespace) -> int:
                 killed = write_twin(run, Path(tempfile.mkdtemp(dir=scratch)) / "killed", args.steps)
                 kills += train_and_kill(killed, plan[len(kills) :], args.steps, seconds, rng, bar)
                 if not kills:
-                    raise RuntimeError(f"a run of {args.steps} steps ends before it can be killed; use more --steps")
+                    raise RuntimeError(
+                        f"a run of {counted(args.steps, 'step')} ends before it can be killed; use more --steps"
+                    )
                 rows = compare(alone, killed)
     print(*kill_table(kills), "", *comparison_table(rows), "", sep="\n")
     different = [name for name, _, difference in rows if difference]

@@ -107,7 +107,7 @@ class MeshConfig(Config):
     @model_validator(mode="after")
     def some_devices(self) -> Self:
         if self.data == 0:
-            raise ValueError("data=0: expected -1 (all that are left) or a number of devices")
+            raise ValueError("data=0: expected -1 (what fsdp leaves) or a number of devices")
         return self
 
 

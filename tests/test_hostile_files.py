@@ -423,7 +423,7 @@ def test_a_file_name_that_would_spoil_the_line_is_refused(name, checkpoint):
         (checkpoint.path / os.fsdecode(name)).touch()
     except OSError:
         pytest.skip("this file system does not have such names")
-    assert "plain names" in line_of(checkpoint.path, verify, checkpoint)
+    assert "printable file names" in line_of(checkpoint.path, verify, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(name, checkpoint, tmp_path):
     manifest = manifest_of(checkpoint)
     (checkpoint.path / "manifest.json").write_text(json.dumps(manifest | {name: manifest["meta.json"]}))
     line = line_of("", verify, checkpoint)
-    assert "missing" in line or "plain names" in line
+    assert "missing" in line or "printable file names" in line
 
 
 @pytest.mark.parametrize("entries", [None, 7, "size", [], {}, {"size": 7}, {"sha256": "7"}, [["size", "sha256"]]])

@@ -145,8 +145,8 @@ def open_streams(
     batches = (available if train.val_tokens == -1 else min(train.val_tokens, available)) // per_batch
     if batches < 1:
         raise ValueError(
-            f"{path}: expected {per_batch:,} tokens and one more for a validation batch, got val_tokens="
-            f"{train.val_tokens:,} of {max(0, available):,} from start_val_token on; change them (0: no validation)"
+            f"{path}: expected at least {per_batch:,} tokens for a validation batch, got val_tokens="
+            f"{train.val_tokens:,} of {max(0, available):,} after start_val_token; change them, or set val_tokens to 0"
         )
     tokens = load_tokens(path, model.vocab_size, train.start_val_token, batches * per_batch + 1)
     return train_stream, TokenStream(

@@ -28,7 +28,7 @@ def matching(by_name: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     """Return the items whose names a shell pattern matches. Raises ValueError when there are none."""
     names = fnmatch.filter(by_name, pattern)
     if not names:
-        raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(by_name)[:500]}")
+        raise ValueError(f"no parameter matches {pattern!r}; available: {', '.join(by_name)[:500]}")
     return {name: by_name[name] for name in names}
 
 

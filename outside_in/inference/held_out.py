@@ -61,7 +61,7 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
     path = dataset_folder(dataset) / f"{args.split}.safetensors"
     wanted = count_tokens(path) - args.start_token if args.tokens is None else args.tokens + 1
     if wanted < 2:
-        raise ValueError(f"{path}: expected tokens after --start-token {args.start_token:,}; it has fewer")
+        raise ValueError(f"{path}: expected tokens after --start-token {args.start_token:,}, found none")
     tokens = np.asarray(load_tokens(path, vocab_size, args.start_token, wanted))
     subject = {"dataset": dataset, "split": args.split, "start_token": args.start_token, "tokens": len(tokens) - 1}
     return subject | {"stride": args.stride}, tokens

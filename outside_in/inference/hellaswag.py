@@ -108,9 +108,9 @@ def _question(row: Any, where: str) -> Question:
     row = row if isinstance(row, dict) else {}
     context, endings, label = row.get("ctx"), row.get("endings"), str(row.get("label"))
     if not (isinstance(context, str) and context):
-        raise ValueError(f"{where}: expected a text in 'ctx', as HellaSwag has it")
+        raise ValueError(f"{where}: expected a text in 'ctx', as in HellaSwag")
     if not (isinstance(endings, list) and len(endings) > 1 and all(isinstance(e, str) and e for e in endings)):
-        raise ValueError(f"{where}: expected several texts in 'endings', as HellaSwag has them")
+        raise ValueError(f"{where}: expected several texts in 'endings', as in HellaSwag")
     if not label.isdecimal() or int(label) >= len(endings):
         raise ValueError(f"{where}: expected the number of an ending in 'label', got {label[:40]!r}")
     return Question(context, endings, int(label))

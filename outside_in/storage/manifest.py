@@ -30,7 +30,7 @@ def check(folder: Path) -> None:
         ) from None
     for file in found | expected.keys():
         if not file.isprintable() or len(file) > 1000:
-            raise ValueError(f"{folder}: expected files of plain names, got {file[:100]!r}")
+            raise ValueError(f"{folder}: expected printable file names, got {file[:100]!r}")
     for file in sorted(found):
         if (folder / file).is_symlink() or not (folder / file).is_file():  # reading a pipe would wait for its writer
             raise ValueError(f"{folder / file}: is a link or a device, expected a plain file")

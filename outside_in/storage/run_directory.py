@@ -66,9 +66,7 @@ class RunDirectory:
         if self.path.is_file():
             raise ValueError(f"{self.path}: expected a run folder, got a file; name the folder that holds train.json")
         if not self.path.is_dir():
-            raise ValueError(
-                f"{self.path}: expected a run folder, found nothing; `uv run train.py` lists the runs that are there"
-            )
+            raise ValueError(f"{self.path}: expected a run folder, found nothing; `uv run train.py` lists the runs")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

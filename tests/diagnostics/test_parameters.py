@@ -136,7 +136,7 @@ def test_a_pattern_picks_hashes_by_name():
     hashes = {"blocks.0.a": "1", "blocks.1.a": "2", "head": "3"}
     assert matching(hashes, "blocks.*") == {"blocks.0.a": "1", "blocks.1.a": "2"}
     assert matching(hashes, "*") == hashes
-    with pytest.raises(ValueError, match=r"no parameter matches 'x'; there are: blocks\.0\.a, blocks\.1\.a, head"):
+    with pytest.raises(ValueError, match=r"no parameter matches 'x'; available: blocks\.0\.a, blocks\.1\.a, head"):
         matching(hashes, "x")
 
 
