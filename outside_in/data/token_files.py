@@ -130,7 +130,7 @@ class TokenWriter:
         self._file.write(tokens.astype("<u2", copy=False).data)
         self.num_tokens += len(tokens)
 
-    def sync(self) -> None:
+    def fsync(self) -> None:
         """Wait until the appended tokens are safe on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -141,7 +141,7 @@ class TokenWriter:
         header = json.dumps({"tokens": tensor}).encode().ljust(HEADER_BYTES - 8)
         self._file.seek(0)
         self._file.write(len(header).to_bytes(8, "little") + header)
-        self.sync()
+        self.fsync()
         self.close()
 
     def close(self) -> None:

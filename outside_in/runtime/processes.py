@@ -43,7 +43,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
     def give_up() -> None:  # before JAX does, which would end this process with a trace of C++
         print(f"error: {problem}; {remedy}", file=sys.stderr, flush=True)
-        os._exit(2)  # the user can mend it
+        os._exit(2)  # the user can fix it
 
     timer = threading.Timer(START_SECONDS, give_up)
     timer.daemon = True

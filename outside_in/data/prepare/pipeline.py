@@ -192,7 +192,7 @@ class Preparation:
     def save_progress(self) -> None:
         """Save the progress, after the tokens that it counts."""
         for split, writer in self.writers.items():
-            writer.sync()
+            writer.fsync()
             self.progress.tokens[split] = writer.num_tokens
         if self._seen:
             self._seen.commit()
