@@ -160,7 +160,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(call_program, tmp_path):
         (("--start-token", 2999), "expected tokens after --start-token 2,999"),
         (("--dataset", "nowhere"), "no folder 'nowhere'"),
         (("--hellaswag", "nowhere.jsonl"), "nowhere.jsonl: expected a .jsonl file"),
-        (("--json", "nowhere/out.json"), "--json: expected a file in a folder that is there"),
+        (("--json", "nowhere/out.json"), "--json: expected a file in an existing folder"),
     ],
     ids=str,
 )
@@ -171,7 +171,7 @@ def test_options_without_sense_are_one_line(call_program, tmp_path, judged, opti
 
 def test_paths_and_runs_that_cannot_be_judged_are_one_line(call_program, tmp_path, make_run):
     model = save(tmp_path / "one", bigram(TABLE))
-    assert "is in no run, whose dataset would be taken" in complaint(call_program("evaluate", model))
+    assert "is not in a run, so its dataset is unknown" in complaint(call_program("evaluate", model))
     assert "found nothing" in complaint(call_program("evaluate", tmp_path / "two"))
     run = make_run(train={"objective": "a-to-a"})
     assert "found a folder without one" in complaint(call_program("evaluate", run))

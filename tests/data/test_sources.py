@@ -254,7 +254,7 @@ def test_two_that_fetch_the_same_dataset_at_once_download_it_once(serve):
     [
         (Hub, "none", "404, the Hub shows no dataset of that name; check the name"),
         (Hub, "no-train", "404, it has no train.safetensors; "),
-        (NoHub, "both", "the answer names no commit, ETag or size, so it is not the Hub's; check HF_ENDPOINT"),
+        (NoHub, "both", "the answer lacks a commit, ETag or size, so it is not from the Hub; check HF_ENDPOINT"),
         (Broken, "both", "disconnected"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_dataset_that_takes_a_token_says_so(serve, monkeypatch, status_and_cod
     assert f"{status_and_code[0]}, it is private or gated, or does not exist; set HF_TOKEN" in refusal("owner/both")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", "hf_one")
-    assert f"{status_and_code[0]}, the token (HF_TOKEN) may not read it" in refusal("owner/both")
+    assert f"{status_and_code[0]}, the token (HF_TOKEN) has no access" in refusal("owner/both")
 
 
 def test_an_unreachable_hub_is_refused_in_one_line(point_client_at):
@@ -407,7 +407,7 @@ def test_a_download_whose_revision_is_gone_says_so_and_is_not_mixed(serve):
     del hub.revisions[COMMIT]
     folder = dataset_folder("owner/both", fetch=False)
     line = refusal("owner/both")
-    assert f"404, it no longer has revision {COMMIT}, at which this download began; remove {folder} to" in line
+    assert f"404, revision {COMMIT}, at which this download began, is gone; remove {folder} to" in line
     shutil.rmtree(folder)
     assert is_from(dataset_folder("owner/both"), LATER_FILES)
     assert dataset_revision(folder) == LATER_COMMIT

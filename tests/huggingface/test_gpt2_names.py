@@ -94,7 +94,7 @@ def test_all_that_does_not_fit_is_told_at_once():
     with pytest.raises(ValueError) as caught:
         import_weights(theirs, model.config, "a folder")
     assert str(caught.value) == (
-        "a folder: 6 tensors do not fit: wte.weight comes twice, with and without 'transformer.'; h.0.ln_1.bias is "
+        "a folder: 6 tensors do not fit: wte.weight appears twice, with and without 'transformer.'; h.0.ln_1.bias is "
         "missing; ln_f.weight is missing; 'h.1.ln_1.bias' is unknown; h.0.ln_2.bias is int64, expected one of float32, "
         "float16, bfloat16, float64; wpe.weight is [8, 32], expected [16, 32]"
     )
@@ -153,7 +153,7 @@ def test_a_tied_head_that_is_another_is_refused():
     model = tiny_model(n_layers=1, **GPT2)
     theirs = export_weights(arrays_of(model), model.config)
     theirs["lm_head.weight"] = 2 * theirs["transformer.wte.weight"]
-    with pytest.raises(ValueError, match=r"lm_head.weight is not wte.weight, but config.json says that they are tied"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from wte.weight, but config.json ties them"):
         import_weights(theirs, model.config, "a folder")
 
 
