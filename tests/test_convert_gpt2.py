@@ -193,7 +193,7 @@ def not_finite(folder):
         (write("config.json", '{"model_type": "llama"}'), "expected model_type 'gpt2', got 'llama'"),
         (write("config.json", "["), "config.json: not JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: expected a JSON file, found nothing"),
-        (only_pickled, "pytorch_model.bin is another format: load it in transformers and save_pretrained"),
+        (only_pickled, "pytorch_model.bin is another format; load it in transformers and use save_pretrained"),
         (renamed, "2 tensors do not fit: h.0.ln_1.bias is missing; 'h.0.ln_3.bias' is unknown"),
         (not_finite, "transformer.ln_f.bias: expected finite numbers"),
         (write("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "got a Git LFS pointer"),

@@ -74,7 +74,7 @@ def test_generation_samples_with_a_seed(call_program, forgetful):
 def test_a_prompt_that_leaves_no_room_is_one_line_and_exit_code_2(call_program, repeating):
     finished = call_program("test_generation", repeating, "--prompt", "no " * 20 + "yes", "--tokens", 2)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: --prompt: expected fewer tokens than the context of 16 has, got 21")
+    assert finished.stderr.startswith("error: --prompt: expected fewer than 16 tokens, the context, got 21")
 
 
 def test_a_text_that_outgrows_the_context_says_so_and_goes_on(call_program, repeating):

@@ -294,9 +294,9 @@ def test_there_is_no_validation_without_its_file(token_folder):
     ("changes", "line"),
     [
         ({"val_tokens": 31}, "expected at least 32 tokens for a validation batch, got val_tokens=31 of 199"),
-        ({"start_val_token": 168}, "got val_tokens=64 of 31 from start_val_token on"),
-        ({"start_val_token": 168, "val_tokens": -1}, "got val_tokens=-1 of 31 from start_val_token on"),
-        ({"start_val_token": 10**9}, "got val_tokens=64 of 0 from start_val_token on"),
+        ({"start_val_token": 168}, "got val_tokens=64 of 31 after start_val_token"),
+        ({"start_val_token": 168, "val_tokens": -1}, "got val_tokens=-1 of 31 after start_val_token"),
+        ({"start_val_token": 10**9}, "got val_tokens=64 of 0 after start_val_token"),
         ({"start_train_token": 1999}, "expected at least 3,536 tokens, got 2,000"),
     ],
 )

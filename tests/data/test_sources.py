@@ -252,7 +252,7 @@ def test_two_that_fetch_the_same_dataset_at_once_download_it_once(serve):
 @pytest.mark.parametrize(
     ("handler", "dataset", "reason"),
     [
-        (Hub, "none", "404, the Hub shows no dataset of that name; check the name"),
+        (Hub, "none", "404, the Hub has no dataset of that name; check the name"),
         (Hub, "no-train", "404, it has no train.safetensors; "),
         (NoHub, "both", "the answer lacks a commit, ETag or size, so it is not from the Hub; check HF_ENDPOINT"),
         (Broken, "both", "disconnected"),

@@ -114,7 +114,7 @@ def test_a_rejected_update_is_described(train, rare_run, poisoned, per_call):
     norms = known["gradient_norms_of_each_call"]
     assert known["first_gradient_not_finite"] == "head.embedding" and len(norms) == 16
     assert known["reason"] == "a gradient is not finite" and known["largest_gradient"] is None
-    assert "WARNING step 3: its update was rejected, a gradient is not finite" in finished.stdout
+    assert "WARNING step 3: the update was rejected: a gradient is not finite" in finished.stdout
     bad_calls = [MICROBATCH] if per_call else [0]
     assert [i for i, norm in enumerate(norms["head.embedding"]) if norm is None] == bad_calls
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, po
     monkeypatch.setattr(setup, "create_model", partial(all_poisoned, setup.create_model))
     run = make_run(train={"max_consecutive_rejections": 3})
     line = complaint(train(run), code=1)
-    assert f"{run / 'rejected-'}" in line and "; see " in line
+    assert f"{run / 'rejected-'}" in line and "(see " in line
 
 
 def all_poisoned(create, *arguments):
@@ -226,7 +226,7 @@ def test_an_overflow_of_the_norm_is_called_that(train, make_run, monkeypatch):
     monkeypatch.setattr(setup, "create_model", partial(overflowing, setup.create_model))
     run = make_run(train={"max_consecutive_rejections": 2, "clipping_max_norm": 1e40})
     finished = train(run)
-    assert "WARNING step 1: its update was rejected, the norm of the gradient overflows float32" in finished.stdout
+    assert "WARNING step 1: the update was rejected: the norm of the gradient overflows float32" in finished.stdout
     known = json.loads((run / "rejected-1.json").read_text())
     norms = {name: norm for name, [norm] in known["gradient_norms_of_each_call"].items()}
     assert known["first_gradient_not_finite"] is None and known["largest_gradient"] == max(norms, key=norms.get)

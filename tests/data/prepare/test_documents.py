@@ -134,7 +134,7 @@ def test_positions_count_from_the_beginning_of_the_file(tmp_path, monkeypatch):
 def test_a_document_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
     (tmp_path / name).write_bytes(b"x" * 101)
-    with pytest.raises(ValueError, match=r"--separator|cut it"):
+    with pytest.raises(ValueError, match=r"--separator|split it"):
         read(tmp_path / name)
 
 

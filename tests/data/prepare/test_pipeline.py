@@ -383,7 +383,7 @@ def test_a_second_process_is_kept_out(tmp_path):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", ["text"] * 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: os.statvfs_result([0] * 11) and type("", (), {"free": 10}))
-    assert "expected about 0.00 GiB of space, got 0.00 GiB" in refusal(tmp_path / "out", path)
+    assert "expected about 0.00 GiB of free disk space, got 0.00 GiB" in refusal(tmp_path / "out", path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
