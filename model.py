@@ -30,7 +30,7 @@ INIT_STD = 0.02
 gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
 AttentionFn = Callable[
     [jax.Array, jax.Array, jax.Array], jax.Array
-]  # queries, keys and values to what is mixed, all (B, T, N, H)
+]  # queries, keys and values to weighted sums of the values, all (B, T, N, H)
 
 
 def initializer(std: float) -> nnx.Initializer:
@@ -159,9 +159,9 @@ class GPTModel(nnx.Module):
         )
 
     def __call__(self, tokens_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Return logits (B, T, V) for token ids (B, T) of any integer type, T at most `context_length`.
+        """Return logits (B, T, V) for token ids (B, T).
 
-        Dropout is active when `dropout` is given.
+        The ids are of any integer type, and T is at most `context_length`. Dropout is active when `dropout` is given.
         """
         return self.unembed(self.hidden_states(tokens_BT, dropout))
 
@@ -194,7 +194,7 @@ class GPTModel(nnx.Module):
         first_position: int | jax.Array = 0,
         attend: AttentionFn = causal_attention,
     ) -> Iterator[tuple[str, jax.Array]]:
-        """Yield the hidden states (B, T, D) after each stage, with its name.
+        """Yield each stage's name and its hidden states (B, T, D).
 
         Text generation, which caches the keys and values of earlier positions, says where these tokens stand, and with
         `attend` how they look back: a layer sees other positions through it alone, and calls it plainly, not inside a
@@ -208,16 +208,19 @@ class GPTModel(nnx.Module):
         x_BTD = x_BTD.astype(self.dtype)
         x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
-        for number, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks):
             dtype = x_BTD.dtype
             x_BTD = block(x_BTD, positions_T, dropout, attend)
-            chex.assert_type(x_BTD, dtype, custom_message=f"the residual stream after block {number}")
-            yield f"block {number}", x_BTD
+            chex.assert_type(x_BTD, dtype, custom_message=f"the residual stream after block {i}")
+            yield f"block {i}", x_BTD
         if self.output_norm is not None:
             yield "the output norm", self.output_norm(x_BTD)
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Return logits (B, T, V) for hidden states (B, T, D), each position on its own, in the compute dtype."""
+        """Return logits (B, T, V) for hidden states (B, T, D).
+
+        Each position is computed alone, in the compute dtype.
+        """
         table_VD = (self.token_embedding if self.head is None else self.head).embedding[...]
         flat_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # one large product, not B small ones
         logits_MV = vocabulary_product(flat_MD.astype(self.dtype), table_VD.astype(self.dtype))
@@ -240,7 +243,7 @@ def create_model(
 
 
 def check_variables(model: nnx.Module) -> None:
-    """Raise ValueError when a model keeps arrays that would not be saved, or random numbers of its own."""
+    """Raise ValueError when a model keeps state that would not be saved."""
     modules = nnx.iter_modules(model)
     arrays = [
         (*path, name) for path, x in modules for name in vars(x) if isinstance(vars(x)[name], jax.Array | np.ndarray)
@@ -254,7 +257,7 @@ def check_variables(model: nnx.Module) -> None:
 
 
 def abstract_model(config: ModelConfig) -> GPTModel:
-    """Build a model that knows the shapes of its arrays and has none."""
+    """Build a model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
 
 

@@ -18,7 +18,7 @@ import optax
 
 LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**32}  # float32, of one chunk: large enough for fast products, else small
 
-Unembed = Callable[[jax.Array], jax.Array]  # hidden states (B, T, D) to logits (B, T, V), each position on its own
+Unembed = Callable[[jax.Array], jax.Array]  # hidden states (B, T, D) to logits (B, T, V); no position sees another
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -49,9 +49,9 @@ def chunked_cross_entropy(
 def chunked_losses(
     unembed: Unembed, hidden_BTD: jax.Array, targets_BT: jax.Array, rows_per_chunk: int | None = None
 ) -> jax.Array:
-    """Return the loss of every target on its own, (B, T), of which `chunked_cross_entropy` is the mean.
+    """Return the loss of every target, (B, T).
 
-    Its gradient computes the logits of each chunk a second time.
+    `chunked_cross_entropy` is their mean. The gradient computes the logits of each chunk a second time.
     """
     unembed_rows, (hidden_CRD, targets_CR, _) = _chunks(unembed, hidden_BTD, targets_BT, rows_per_chunk)
 
@@ -63,7 +63,7 @@ def chunked_losses(
 
 
 def chunk_size(vocab_size: int, platform: str) -> int:
-    """Return how many rows of logits a device takes at a time, a power of two."""
+    """Return the rows of logits in a chunk, a power of two."""
     rows = LOGIT_BYTES.get(platform, LOGIT_BYTES["gpu"]) // (4 * vocab_size)
     return 2 ** max(rows.bit_length() - 1, 0)
 
@@ -116,7 +116,10 @@ def _mean_loss(
 def _forward(
     unembed: Callable[..., jax.Array], captured: list[jax.Array], *chunks: jax.Array
 ) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array]]:
-    """Return the weighted loss, and its gradients by what `unembed` has captured and by the hidden states."""
+    """Return the weighted loss and its gradients.
+
+    They are those by the arrays that `unembed` has captured, and by the hidden states.
+    """
 
     def add(totals: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         hidden_RD, targets_R, weights_R = chunk
@@ -145,7 +148,7 @@ _mean_loss.defvjp(_forward, _backward)
 
 
 def _losses(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the loss of each row (R,), exp(logit - the row's largest) (R, V), and their sum (R,)."""
+    """Return losses (R,), exp(logit - the row's largest) (R, V), sums of those (R,)."""
     logits_RV = _at_least_float32(logits_RV)
     largest_R1 = logits_RV.max(axis=-1, keepdims=True)
     exps_RV = jnp.exp(logits_RV - largest_R1)

@@ -96,19 +96,19 @@ class Compiled:
             return self._compiled(*arguments)
         except (TypeError, ValueError) as error:
             differences = "; ".join(line for line in str(error).splitlines() if line.startswith("Argument '"))
-            told = differences or " ".join(str(error).split())
-            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {told}") from error
+            message = differences or " ".join(str(error).split())
+            raise RuntimeError(f"the {self._name} would have to be compiled a second time: {message}") from error
 
     @property
     def bytes_needed(self) -> int:
-        """What the device must hold while it runs, its arguments included, by XLA's own account."""
+        """Return the device memory that it needs, arguments included, by XLA's count."""
         stats = self._compiled.memory_analysis()
         kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         return kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
     @property
     def text(self) -> str:
-        """The compiled program in XLA's own words."""
+        """Return the compiled program as XLA prints it."""
         return self._compiled.as_text()
 
 
@@ -130,12 +130,12 @@ def compile_eval_step(
 
 
 def mean_loss_of_calls(reports: Sequence[StepReport]) -> float:
-    """Wait for the calls of a global step, and return their mean loss."""
+    """Return the mean loss of a global step's calls, once they have ended."""
     return float(np.mean(jax.device_get([report.loss for report in reports]), dtype=np.float64))
 
 
 def steps_ahead() -> int:
-    """Say how many global steps may be under way before the reports of the first are fetched.
+    """Return how many steps may run before the first's report is fetched.
 
     One, so that a GPU never waits for Python. None on the CPU: it would hold all of a step's memory twice, and be no
     faster.
@@ -144,7 +144,10 @@ def steps_ahead() -> int:
 
 
 def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.Array, sequences: int) -> Dropout:
-    """Dropout masks are a function of the seed, the global step (from 0) and the number of the sequence in it alone."""
+    """Return the dropout of a microbatch.
+
+    Its masks depend on the seed, the global step (from 0) and the index of the sequence in that step alone.
+    """
     step_key = jax.random.fold_in(seed_key, global_step)
     numbers_B = first_sequence + jnp.arange(sequences, dtype=jnp.uint32)
     return Dropout(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, numbers_B))
@@ -153,10 +156,11 @@ def dropout_of(seed_key: jax.Array, global_step: jax.Array, first_sequence: jax.
 def mean_gradient(
     model: GPTModel, batch: Batch, seed_key: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, nnx.State, jax.Array]:
-    """Average `model.loss` and its gradient over the microbatches of a call, and over the devices that share each.
+    """Return the mean of `model.loss`, and its gradient, for a call.
 
-    Parameters that are spread over `fsdp` are gathered once; gradients are added up on each device, and reduced over
-    all of them once, at the end. Also returns the loss of each microbatch, (A,).
+    The mean is over its microbatches, and over the devices that share each. Parameters
+    that are sharded over `fsdp` are gathered once; gradients are summed on each device, and reduced over all of them
+    once, at the end. Also returns the loss of each microbatch, (A,).
     """
     mesh = mesh or one_device()
     graph, state = nnx.split(model)
@@ -167,9 +171,9 @@ def mean_gradient(
         return losses_A.mean(), jax.tree.map(partial(reduce_gradient, mesh=mesh), grads), losses_A
 
     specs = jax.tree.map(lambda x: array_spec(x.shape, mesh), nnx.state(model, nnx.Param))
-    given = [BATCH_SPECS, PartitionSpec()]
+    in_specs = [BATCH_SPECS, PartitionSpec()]
     out = PartitionSpec(), specs, PartitionSpec()
-    return shard_map_with_gather(mesh, on_device, given, out)(state, batch, seed_key)
+    return shard_map_with_gather(mesh, on_device, in_specs, out)(state, batch, seed_key)
 
 
 def shard_map_with_gather(
@@ -208,7 +212,9 @@ def reduce_gradient(grad: jax.Array, mesh: Mesh) -> jax.Array:
 def accumulate_microbatches(
     model: GPTModel, batch: Batch, seed_key: jax.Array, devices: int
 ) -> tuple[nnx.State, jax.Array]:
-    """Add up the gradients of this device's sequences, one microbatch after the other, as its share of the mean.
+    """Sum the gradients of this device's sequences, one microbatch after another.
+
+    The sum is the device's share of the mean over all devices.
 
     Also returns the loss of each microbatch, (A,).
     """
@@ -216,8 +222,8 @@ def accumulate_microbatches(
     count, sequences, _ = batch.inputs.shape
 
     def add(total: nnx.State, microbatch: Any) -> tuple[nnx.State, jax.Array]:
-        inputs_BT, targets_BT, number = microbatch
-        first_sequence = (number * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
+        inputs_BT, targets_BT, i = microbatch
+        first_sequence = (i * devices + jax.lax.axis_index(AXES).astype(jnp.uint32)) * sequences
         dropout = dropout_of(seed_key, global_step, first_sequence, sequences)
         loss, grads = loss_and_gradient(model, inputs_BT, targets_BT, dropout, 1 / (count * devices))
         return jax.tree.map(jnp.add, total, grads), loss
@@ -253,7 +259,7 @@ def loss_and_gradient(
 
 
 def backward_order(model: GPTModel) -> list[str]:
-    """Name the parameters in the order in which the backward pass computes their gradients."""
+    """Return parameter names in the order in which their gradients are computed."""
     graph, params, constants = nnx.split(model, nnx.Param, ...)
     tokens_BT = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.uint16)
 
@@ -278,7 +284,7 @@ _BACKWARD_ORDERS: dict[nnx.GraphDef, list[str]] = {}  # of each form of model th
 
 
 def gradient_diagnostics(losses_A: jax.Array, grads: nnx.State) -> GradientDiagnostics:
-    """Return the norms of all gradients, and the same scaled where one is not finite.
+    """Return the norms of all gradients, also scaled where one is not finite.
 
     Where one call is a global step, the optimizer needs the same sums, and XLA takes them once. The scaled norms tell
     whether a gradient is not finite, or only the sum of squares was too large for float32.

@@ -1,4 +1,4 @@
-"""Arrays of `nnx` modules by name, on the host, and the safetensors files that hold them."""
+"""The arrays of `nnx` modules by name, and their safetensors files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,9 +99,10 @@ def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def fill_like(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.State:
-    """Return `state` with the saved arrays in it, which are read only when all of them fit.
+    """Return `state` with the saved arrays in it.
 
-    Raises ValueError on the first difference in form, and when weights are not finite.
+    They are read only when all of them fit. Raises ValueError on the first difference in
+    form, and when weights are not finite.
     """
     check_structure(state, saved, source)
     current = named_arrays(state)
@@ -127,7 +128,10 @@ def check_structure(state: nnx.State, saved: Mapping[str, Any], source: Path) ->
 
 
 def on_one_device(model: M) -> M | None:
-    """Return a copy of a model on the main process's first device alone; to be called by all processes."""
+    """Return a model's copy on one device; all processes call it.
+
+    The device is the main process's first.
+    """
     graph, state = nnx.split(model)
     arrays = host_arrays(state)
     if not is_main_process():

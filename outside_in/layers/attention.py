@@ -12,7 +12,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def causal_weights(q_BTNH: jax.Array, k_BSNH: jax.Array) -> jax.Array:
-    """Return softmax attention weights (B, N, T, S) in float32, zero above the diagonal."""
+    """Return softmax weights (B, N, T, S), float32, zero above the diagonal."""
     scores_BNTS = _product("btnh,bsnh->bnts", q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSNH)
     mask_TS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
     return jax.nn.softmax(jnp.where(mask_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
@@ -31,5 +31,5 @@ def cached_attention(q_BTNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, fi
 
 
 def repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
-    """Repeat the heads of keys or values until there are as many as of queries; usually they are."""
+    """Repeat heads of keys or values, so that every query head has one."""
     return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)

@@ -1,4 +1,4 @@
-"""Forms of attention and layer norm for CPUs, where XLA's plain ones are slow; `kernels.py` chooses.
+"""Attention and layer norm for CPUs, where XLA's plain forms are slow.
 
 Measured in whole training steps of GPT-2 small (docs/experiments.md): attention saves 31%, layer norm 6%.
 
@@ -35,40 +35,40 @@ def _attention_forward(
     q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     scaled_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
-    mixed, log_sums = [], []
+    outs, log_sums = [], []
     for start, end in _blocks(q_BNTH.shape[2]):
         scores_BNQS = _product("bnqh,bnsh->bnqs", scaled_BNTH[:, :, start:end], k_BNTH[:, :, :end])
         scores_BNQS = jnp.where(_mask(start, end)[None, None], scores_BNQS, -jnp.inf)
         largest_BNQ1 = scores_BNQS.max(axis=-1, keepdims=True)
         weights_BNQS = jnp.exp(scores_BNQS - largest_BNQ1)
         sums_BNQ1 = weights_BNQS.sum(axis=-1, keepdims=True)
-        mixed_BNQH = _product("bnqs,bnsh->bnqh", weights_BNQS.astype(v_BNTH.dtype), v_BNTH[:, :, :end]) / sums_BNQ1
-        mixed.append(mixed_BNQH.astype(v_BNTH.dtype))
+        out_BNQH = _product("bnqs,bnsh->bnqh", weights_BNQS.astype(v_BNTH.dtype), v_BNTH[:, :, :end]) / sums_BNQ1
+        outs.append(out_BNQH.astype(v_BNTH.dtype))
         log_sums.append((largest_BNQ1 + jnp.log(sums_BNQ1))[..., 0])
-    mixed_BNTH, log_sums_BNT = jnp.concatenate(mixed, axis=2), jnp.concatenate(log_sums, axis=2)
-    return mixed_BNTH, (scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT)
+    out_BNTH, log_sums_BNT = jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
+    return out_BNTH, (scaled_BNTH, k_BNTH, v_BNTH, out_BNTH, log_sums_BNT)
 
 
-def _attention_backward(saved: tuple[jax.Array, ...], d_mixed_BNTH: jax.Array) -> tuple[jax.Array, ...]:
+def _attention_backward(saved: tuple[jax.Array, ...], d_out_BNTH: jax.Array) -> tuple[jax.Array, ...]:
     """Return the gradients of queries, keys and values; here the keys come first, which XLA's products prefer."""
-    scaled_BNTH, k_BNTH, v_BNTH, mixed_BNTH, log_sums_BNT = saved
-    scaled_BNTH, k_BNTH, v_BNTH = (wait_for(x, d_mixed_BNTH[..., :1]) for x in (scaled_BNTH, k_BNTH, v_BNTH))
+    scaled_BNTH, k_BNTH, v_BNTH, out_BNTH, log_sums_BNT = saved
+    scaled_BNTH, k_BNTH, v_BNTH = (wait_for(x, d_out_BNTH[..., :1]) for x in (scaled_BNTH, k_BNTH, v_BNTH))
     length, width = k_BNTH.shape[2:]
-    common_BNT = (d_mixed_BNTH * mixed_BNTH).astype(jnp.float32) @ jnp.ones(width)  # a product, as in `layer_norm`
+    common_BNT = (d_out_BNTH * out_BNTH).astype(jnp.float32) @ jnp.ones(width)  # a product, as in `layer_norm`
     d_q, d_k_BNTH, d_v_BNTH = [], jnp.zeros(k_BNTH.shape), jnp.zeros(v_BNTH.shape)
     for start, end in _blocks(length):
         block = slice(start, end)
-        q_BNQH, d_mixed_BNQH = scaled_BNTH[:, :, block], d_mixed_BNTH[:, :, block]
+        q_BNQH, d_out_BNQH = scaled_BNTH[:, :, block], d_out_BNTH[:, :, block]
         k_BNSH, v_BNSH = k_BNTH[:, :, :end], v_BNTH[:, :, :end]
         logs_BNSQ = _product("bnsh,bnqh->bnsq", k_BNSH, q_BNQH) - log_sums_BNT[:, :, None, block]
         weights_BNSQ = jnp.exp(jnp.where(_mask(start, end).T[None, None], logs_BNSQ, -jnp.inf))
-        d_weights_BNSQ = _product("bnsh,bnqh->bnsq", v_BNSH, d_mixed_BNQH)
+        d_weights_BNSQ = _product("bnsh,bnqh->bnsq", v_BNSH, d_out_BNQH)
         d_scores_BNSQ = (weights_BNSQ * (d_weights_BNSQ - common_BNT[:, :, None, block])).astype(k_BNTH.dtype)
         d_q.append(_product("bnsq,bnsh->bnqh", d_scores_BNSQ, k_BNSH))
         to_the_end = [(0, 0), (0, 0), (0, length - end), (0, 0)]
         d_k_BNTH += jnp.pad(_product("bnsq,bnqh->bnsh", d_scores_BNSQ, q_BNQH), to_the_end)
         weights_BNSQ = weights_BNSQ.astype(v_BNTH.dtype)
-        d_v_BNTH += jnp.pad(_product("bnsq,bnqh->bnsh", weights_BNSQ, d_mixed_BNQH), to_the_end)
+        d_v_BNTH += jnp.pad(_product("bnsq,bnqh->bnsh", weights_BNSQ, d_out_BNQH), to_the_end)
     d_q_BNTH = jnp.concatenate(d_q, axis=2) * width**-0.5
     return tuple(x.astype(k_BNTH.dtype) for x in (d_q_BNTH, d_k_BNTH, d_v_BNTH))
 
@@ -92,7 +92,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _mask(start: int, end: int) -> jax.Array:
-    """Return which of the first `end` positions each query of a block sees, (Q, S)."""
+    """Return which of the first `end` positions each query sees, (Q, S)."""
     return jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
 
 

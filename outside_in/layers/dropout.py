@@ -8,14 +8,17 @@ import jax.numpy as jnp
 
 
 class Dropout:
-    """The masks of one forward pass, from a key for each of its sequences; every use draws new ones."""
+    """The dropout masks of one forward pass, from a key per sequence.
+
+    Every call draws new ones.
+    """
 
     def __init__(self, keys_B: jax.Array) -> None:
         self._keys_B = keys_B
         self._uses = 0
 
     def __call__(self, x: jax.Array, rate: float) -> jax.Array:
-        """Drop a share `rate` of the numbers of (B, …), and scale the others so that the mean stays."""
+        """Drop a share `rate` of (B, …), and scale the rest."""
         if rate == 0:
             return x
         assert len(x) == len(self._keys_B), f"dropout: expected {len(self._keys_B)} sequences, got {len(x)}"

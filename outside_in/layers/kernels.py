@@ -1,4 +1,4 @@
-"""The parts of a model that are computed in other ways on other devices, and the choice between them.
+"""What is computed in another way on each kind of device.
 
 On an NVIDIA GPU attention is cuDNN's where it can serve, and the vocabulary is padded; on a CPU attention and layer
 norm are those of `cpu_kernels.py`; everywhere else they are the plain ones of JAX and Flax.
@@ -19,9 +19,10 @@ VOCAB_MULTIPLE = {"gpu": 128}  # tensor cores like round numbers: 50,257 becomes
 
 
 def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    """Mix values by softmax(q · k / √H) over each position and those before it; returns (B, T, N, H).
+    """Return causal softmax attention, (B, T, N, H).
 
-    Computes in the type of the values. Keys and values may have fewer heads, each for as many queries in a row.
+    Each position averages the values up to its own by softmax(q · k / √H). Computes in
+    the type of the values. Keys and values may have fewer heads, each for as many queries in a row.
     """
     q_BTNH, k_BTNH = (x.astype(v_BTNH.dtype) for x in (q_BTNH, k_BTNH))
     chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], jax.default_backend())
@@ -71,6 +72,9 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def vocabulary_product(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Return x @ table.T, (M, V), with rows of zeros added to the table inside to make their number round."""
+    """Return x @ table.T, (M, V).
+
+    Inside, rows of zeros are added to the table, so that their number is a multiple that tensor cores like.
+    """
     padding = -len(table_VD) % VOCAB_MULTIPLE.get(jax.default_backend(), 1)
     return (x_MD @ jnp.pad(table_VD, ((0, padding), (0, 0))).T)[:, : len(table_VD)]
