@@ -155,6 +155,16 @@ def written_tokens(path: Path) -> np.ndarray:
     )
 
 
+def find_last_document(tokens: np.ndarray) -> int:
+    """Return where the last document starts."""
+    for stop in range(len(tokens) - 1, 0, -SLICE_TOKENS):
+        start = max(0, stop - SLICE_TOKENS)
+        ends = np.flatnonzero(tokens[start:stop] == END_OF_TEXT)
+        if len(ends):
+            return start + int(ends[-1]) + 1
+    return 0
+
+
 def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
     """Write a token file's documents to another file, in a seeded order.
 
@@ -163,7 +173,7 @@ def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
     tokens = written_tokens(path)
     starts = range(0, len(tokens), SLICE_TOKENS)
     ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]
-    borders = np.concatenate([np.zeros(1, int), *ends])
+    borders = np.unique(np.concatenate([[0], *ends, [len(tokens)]]))  # the last may be unfinished
     shuffled.unlink(missing_ok=True)
     with closing(TokenWriter(shuffled)) as writer:
         for document in np.random.default_rng(seed).permutation(len(borders) - 1):

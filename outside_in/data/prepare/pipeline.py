@@ -23,7 +23,7 @@ from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.progress import Options, Progress, difference, pinned
 from outside_in.data.prepare.seen import SeenDocuments
-from outside_in.data.token_files import TokenWriter, shuffle_documents
+from outside_in.data.token_files import TokenWriter, find_last_document, shuffle_documents, written_tokens
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.atomic import fsync
@@ -219,14 +219,14 @@ class Preparation:
         return read_json(self.out / DESCRIPTION, description.MAX_BYTES)
 
     def _complete(self, show: Callable[[int], None]) -> None:
+        self._hold_out_the_end()
         for split, writer in self.writers.items():
             if not writer.num_tokens:
                 count = sum(source["documents"] for source in self.progress.per_source)
                 shutil.rmtree(self.folder)  # the same command could not go on either
                 raise ValueError(
-                    f"{self.out}: none of {counted(count, 'document')} fell into {split}; use --validation "
-                    f"{min(50, -(-300 // max(1, count)))}% for so few, split the text with --separator, or use "
-                    "--validation 0"
+                    f"{self.out}: none of {counted(count, 'document')} is in {split}; use --validation "
+                    f"{min(50, -(-300 // max(1, count)))}%, split the text with --separator, or use --validation 0"
                 )
         if self._seen:
             self._seen.close()
@@ -240,6 +240,32 @@ class Preparation:
                 writer.path.rename(finished)
         log.info("hashing sources, counting tokens, checking for train/validation overlap")
         _write_json(self.folder / DESCRIPTION, self._describe(show))
+
+    def _hold_out_the_end(self) -> None:
+        """Move the last training tokens to validation, where no document fell.
+
+        Those of the last document; of a single document, as large a share as is asked for.
+        """
+        train, validation = (self.writers.get(split) for split in SPLITS)
+        if train is None or validation is None or validation.num_tokens:
+            return
+        train.fsync()
+        tokens = written_tokens(train.path)
+        documents = sum(source["documents"] for source in self.progress.per_source)
+        if documents == 1:
+            start = len(tokens) - round(len(tokens) * self.options.validation)
+            what = "one document, whose end is"
+        elif round(documents * self.options.validation):
+            start = find_last_document(tokens)
+            what = "few documents, of which the last is"
+        else:
+            return
+        log.info(f"{what} for validation: {counted(len(tokens) - start, 'token')} of {len(tokens):,}")
+        validation.append(tokens[start:])
+        train.num_tokens = start
+        self.save_progress()  # before tokens are cut off: a kill loses none
+        train.close()
+        self.writers["train"] = TokenWriter(train.path, start)
 
     def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
         paths = {split: self.folder / f"{split}.safetensors" for split in self.splits}

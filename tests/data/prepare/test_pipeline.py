@@ -389,9 +389,57 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 
 def test_documents_too_few_for_two_splits_are_told(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["one"])
-    assert "none of 1 document fell into" in refusal(tmp_path / "out", path)
+    assert "none of 1 document is in validation" in refusal(tmp_path / "out", path)
     prepare(tmp_path / "out", path, validation=0)
     assert documents_of(tmp_path / "out") == ["one<|endoftext|>"]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_end_of_a_single_document_is_held_out(tmp_path, logged, shuffle):
+    text = " ".join(map(str, range(1000)))
+    prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", [text]), validation=0.1, shuffle=shuffle)
+    train, validation = tokens_of(tmp_path / "out"), tokens_of(tmp_path / "out", "validation")
+    assert np.concatenate([train, validation]).tolist() == [*encode(text), END_OF_TEXT]
+    assert len(validation) == round(0.1 * (len(train) + len(validation)))
+    held_out = (
+        f"one document, whose end is for validation: {len(validation)} tokens of {len(train) + len(validation):,}"
+    )
+    assert held_out in logged
+
+
+@pytest.mark.parametrize(("documents", "share", "held_out"), [(17, 0.1, True), (17, 0.03, True), (17, 0.029, False)])
+def test_of_few_documents_one_is_held_out_if_the_share_rounds_to_one(
+    tmp_path, monkeypatch, logged, documents, share, held_out
+):
+    monkeypatch.setattr(Preparation, "_split_of", lambda self, digest: "train")  # by chance
+    texts = [f"document {i}" for i in range(documents)]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    if not held_out:
+        assert f"none of {documents} documents is in validation" in refusal(tmp_path / "out", path, validation=share)
+        return
+    prepare(tmp_path / "out", path, validation=share)
+    assert documents_of(tmp_path / "out") == [f"{text}<|endoftext|>" for text in texts[:-1]]
+    assert documents_of(tmp_path / "out", "validation") == [f"{texts[-1]}<|endoftext|>"]
+    assert any(line.startswith("few documents, of which the last is for validation") for line in logged)
+
+
+@pytest.mark.parametrize(("place", "call"), [("save_progress", 2), ("_describe", 1)])  # save_progress: 1 after reading
+def test_a_kill_while_the_end_is_held_out_loses_nothing(tmp_path, monkeypatch, place, call):
+    text = " ".join(map(str, range(1000)))
+    path, real, calls = write_lines(tmp_path / "a.jsonl", [text]), getattr(Preparation, place), []
+
+    def killed(self, *arguments):
+        calls.append(place)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Preparation, place, killed)
+        prepare(tmp_path / "out", path, validation=0.1)
+    prepare(tmp_path / "out", path, validation=0.1)
+    tokens = [*tokens_of(tmp_path / "out"), *tokens_of(tmp_path / "out", "validation")]
+    assert tokens == [*encode(text), END_OF_TEXT]
 
 
 # The program
