@@ -13,6 +13,7 @@ from helpers import TINY_MODEL, TINY_TRAIN, Finished, captured_log, random_token
 from hub import point_client_at, serve  # noqa: F401
 from safetensors.numpy import save_file
 
+import model
 from outside_in.runtime import cli
 
 jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
@@ -81,6 +82,18 @@ def call_program(capsys):
         return Finished(exit_info.value.code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def use_model(monkeypatch):
+    """Give runs another class of models: `use_model(SoftCap)`. JAX keeps fresh models by config, so it forgets all."""
+
+    def use(model_class):
+        jax.clear_caches()
+        monkeypatch.setattr(model, "GPTModel", model_class)
+
+    yield use
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -343,9 +343,8 @@ def test_what_was_added_is_saved_and_loaded(edit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("edit", ["SoftCap", "SharedBlocks", "FrozenPositions"])
-def test_an_edited_run_trains_resumes_and_is_judged(call_program, make_run, monkeypatch, edit):
-    jax.clear_caches()  # of fresh models with the same config
-    monkeypatch.setattr(model_module, "GPTModel", EDITS[edit])
+def test_an_edited_run_trains_resumes_and_is_judged(call_program, make_run, use_model, edit):
+    use_model(EDITS[edit])
     run = make_run(train={"weight_decay": 0.1})
     finished = call_program("train", run)
     assert finished.returncode == 0, finished.stderr
@@ -426,9 +425,8 @@ class OwnRandomNumbers(GPTModel):
     ("edit", "line"),
     [(PlainArray, "table: expected an nnx.Param, or"), (OwnRandomNumbers, "flax_dropout.rngs.count: expected an nnx")],
 )
-def test_what_a_run_cannot_keep_is_refused_by_name(call_program, make_run, monkeypatch, edit, line):
-    jax.clear_caches()
-    monkeypatch.setattr(model_module, "GPTModel", edit)
+def test_what_a_run_cannot_keep_is_refused_by_name(call_program, make_run, use_model, edit, line):
+    use_model(edit)
     assert f"model.py: {line}" in complaint(call_program("train", make_run()))
 
 

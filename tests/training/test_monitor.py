@@ -12,7 +12,6 @@ from flax import nnx
 from helpers import CONTEXT_LENGTH, TINY_MODEL, complaint, random_tokens
 from safetensors.numpy import save_file
 
-import model as model_module
 from checkpointing import find_checkpoints
 from model import GPTModel
 from outside_in import train_step
@@ -237,15 +236,14 @@ def test_an_overflow_of_the_norm_is_called_that(train, make_run, monkeypatch):
 
 
 @pytest.fixture
-def breaking_run(make_run, token_folder, monkeypatch):
+def breaking_run(make_run, token_folder, use_model):
     """Make a run that learns a cycle of tokens, until `RARE`, which gives NaN, stands in every step from the eighth."""
 
     class Breaking(GPTModel):
         def embed(self, tokens_BT):
             return jnp.where((tokens_BT == RARE)[..., None], jnp.nan, super().embed(tokens_BT))
 
-    jax.clear_caches()  # of models with the same config
-    monkeypatch.setattr(model_module, "GPTModel", Breaking)
+    use_model(Breaking)
     cycle = np.arange(2000, dtype=np.uint16) % 7
     save_file({"tokens": cycle[:200]}, token_folder / "validation.safetensors")
     cycle[7 * 4 * 2 * CONTEXT_LENGTH :: 5] = RARE
