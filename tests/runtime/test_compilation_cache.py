@@ -56,9 +56,7 @@ def test_a_run_is_bit_for_bit_the_same_without_a_cache_cold_warm_and_damaged(sta
     [step] = entries.glob("jit_train_step-*-cache")
     [init] = entries.glob("jit_create_model-*-cache")
     step.write_bytes(step.read_bytes()[:1000])
-    content = bytearray(init.read_bytes())
-    content[len(content) // 2] ^= 1
-    init.write_bytes(content)
+    init.write_bytes(b"torn" + init.read_bytes()[4:])  # later on, six changed bits of ten would not be noticed
     told = start(runs["damaged"])
     assert missed in told and "Traceback" not in told
     assert re.findall(r"WARNING Error reading .* entry for '(\w+)'", told) == ["jit_create_model"]  # which came first
