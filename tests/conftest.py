@@ -19,6 +19,9 @@ from outside_in.runtime import cli
 jax.config.update("jax_num_cpu_devices", 8)  # one is used unless a test wants more
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Compile in a fifth of the time, here and in the programs that tests start: what is compiled computes little.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 # One compilation cache for the session, its workers and the programs that it starts: all compile the same few things.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory(prefix="compiled-")
 CACHE_OPTIONS = {
@@ -101,14 +104,3 @@ def logged():
     """The messages that are logged, with their level if it is not INFO, in a list that grows."""
     with captured_log() as messages:
         yield messages
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """Compile with few optimizations: for tests that compile much and compute little."""
-    option = "jax_disable_most_optimizations"
-    jax.clear_caches()
-    jax.config.update(option, True)
-    yield
-    jax.config.update(option, False)
-    jax.clear_caches()

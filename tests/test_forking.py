@@ -30,7 +30,7 @@ from outside_in.storage import metrics
 from outside_in.train_step import backward_order, loss_and_gradient, mean_gradient
 from outside_in.weights import host_arrays, named_arrays, save_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
+pytestmark = pytest.mark.slow
 
 SEED_KEY = jax.random.key(7)
 

@@ -16,7 +16,7 @@ from outside_in.inference.generation import generate
 from outside_in.optimizer import make_optimizer
 from outside_in.train_step import train_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
+pytestmark = pytest.mark.slow
 
 LADDERS = ("ladder", "mini-ladder")
 ATTENTION = {"blocks.0.attention.query_key_value.kernel", "blocks.0.attention.output.kernel"}

@@ -9,8 +9,6 @@ import pytest
 
 from outside_in.loss import chunk_size, chunked_cross_entropy, chunked_losses, cross_entropy
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def reference(logits, targets):
     logits = np.float64(logits)

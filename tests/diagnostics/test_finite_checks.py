@@ -9,7 +9,7 @@ from outside_in.data.loader import TokenStream
 from outside_in.diagnostics.finite_checks import make_checks
 from outside_in.training import setup
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
+pytestmark = pytest.mark.slow
 
 RARE = 100  # a token of the last microbatch alone
 KEY = jax.random.key(0)

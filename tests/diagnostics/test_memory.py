@@ -9,7 +9,7 @@ from helpers import complaint, tiny_model_config, tiny_train_config
 from outside_in.diagnostics import memory
 from outside_in.training import setup
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
+pytestmark = pytest.mark.slow
 
 SHAPE = {"microbatch_size": 8, "gradient_accumulation_steps": 2, "min_train_tokens": 256 * 3, "val_tokens": 0}
 

@@ -8,8 +8,6 @@ import pytest
 from outside_in.layers.attention import causal_weights
 from outside_in.layers.cpu_kernels import BLOCKS, MIN_BLOCK, blockwise_attention, wait_for
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 LENGTHS = [1, 7, MIN_BLOCK, MIN_BLOCK + 1, BLOCKS * MIN_BLOCK, 3 * BLOCKS * MIN_BLOCK - 5]
 
 
