@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -33,18 +34,20 @@ for option, value in CACHE_OPTIONS.items():
     jax.config.update(option, value)
 os.environ |= {option.upper(): str(value) for option, value in CACHE_OPTIONS.items()}
 
-MEMORY_OF_PROGRAMS = 20  # tests
+MEMORY_MAPS = Path("/proc/self/maps")  # on Linux alone
+MANY_MEMORY_MAPS = 30_000
 TESTS_DONE = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def few_programs_in_memory():
-    """Forget compiled programs now and then: each takes hundreds of the 65,530 memory maps that Linux allows a process.
+    """Forget compiled programs when they are many: each takes hundreds of the 65,530 memory maps of a process.
 
-    JAX keeps them all, and past that number it crashes.
+    JAX keeps them all, and past that number, which is Linux's limit, it crashes.
     """
     yield
-    if next(TESTS_DONE) % MEMORY_OF_PROGRAMS == 0:
+    looks = next(TESTS_DONE) % 10 == 0 and MEMORY_MAPS.exists()
+    if looks and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
         jax.clear_caches()
         gc.collect()
 
