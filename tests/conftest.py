@@ -5,8 +5,13 @@ import importlib
 import itertools
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+# Keep bytecode, whatever the system says: each program that a test starts would compile 1,200 modules, for two seconds.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jax
 import pytest
