@@ -106,15 +106,19 @@ def alone(tmp_path_factory):
     return train
 
 
-def test_two_processes_train_as_one_device_and_speak_once(make_run, call_program, alone):
+SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: 'a text'"
+
+
+def test_two_processes_train_as_one_device_and_the_first_alone_speaks_and_samples(make_run, call_program, alone):
     run = make_run(model=LARGER, train=SPREAD)
-    with both_processes(run) as both:
+    with both_processes(run, patch=SAMPLE) as both:
         codes, (first, second) = ended(both)
     assert codes == [0, 0], first + second
     assert "finished: " in first and "step    128 tokens: 2 microbatches of 1 sequence on each of 4 devices" in first
     assert not [word for word in ("tokens", "step", "run", "mesh") if word in second]  # only Gloo speaks there
     same_run(run, alone(make_run, call_program))
     assert final_state(run)["step"] == 12  # every checkpoint is whole
+    assert (run / "samples.txt").read_text() == "".join(f"step {step} | a text\n" for step in (5, 10, 12))
     weights = find_checkpoints(run / "checkpoints")[-1].path / "model.safetensors"
     assert call_program("inspect_checkpoint", weights).returncode == 0
 
@@ -139,23 +143,29 @@ def test_sigterm_on_one_saves_on_all_and_one_process_goes_on(make_run, call_prog
     np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-4)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(make_run, victim):
+def wait_for_four_steps(process, after):
+    if after:
+        wait_for(process, f"resuming from step {after:,} of")
+    wait_for(process, f"step {after + 4:,}:")
+
+
+def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_resumes(make_run):
     run = make_run(model=LARGER, train=SPREAD | {"min_train_tokens": -1, "epochs": 400, "checkpoint_interval": 4})
+    reached = 0
+    for victim in (0, 1):
+        with both_processes(run) as both:
+            wait_for_four_steps(both[0], after=reached)
+            both[victim].kill()
+            died = time.monotonic()
+            codes, outputs = ended(both)
+            assert time.monotonic() - died < 60
+        assert codes[1 - victim] not in (0, 130, 143)
+        assert outputs[1 - victim].strip(), "it says why"
+        for checkpoint in find_checkpoints(run / "checkpoints"):
+            verify(checkpoint)
+        reached = find_checkpoints(run / "checkpoints")[-1].global_step
     with both_processes(run) as both:
-        wait_for(both[0], "step 4:")
-        both[victim].kill()
-        died = time.monotonic()
-        codes, outputs = ended(both)
-        assert time.monotonic() - died < 60
-    assert codes[1 - victim] not in (0, 130, 143)
-    assert outputs[1 - victim].strip(), "it says why"
-    for checkpoint in find_checkpoints(run / "checkpoints"):
-        verify(checkpoint)
-    reached = find_checkpoints(run / "checkpoints")[-1].global_step
-    with both_processes(run) as both:
-        wait_for(both[0], f"resuming from step {reached:,} of")
-        wait_for(both[0], f"step {reached + 4:,}:")
+        wait_for_four_steps(both[0], after=reached)
         both[0].send_signal(signal.SIGINT)
         codes, outputs = ended(both)
     assert codes == [130, 130], outputs
@@ -192,17 +202,6 @@ def test_a_disk_that_is_full_once_is_a_warning_and_all_go_on_in_the_same_way(mak
     assert "could not be saved ([Errno 28] No space left on device" in outputs[0]
     assert find_checkpoints(run / "checkpoints")[-1].global_step == 12
     assert not list((run / "checkpoints").glob(".staging*"))
-
-
-SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: 'a text'"
-
-
-def test_the_main_process_alone_has_a_sample(make_run):
-    run = make_run(model=LARGER, train=SPREAD | {"checkpoint_interval": 6})
-    with both_processes(run, patch=SAMPLE) as both:
-        codes, outputs = ended(both)
-    assert codes == [0, 0], outputs
-    assert (run / "samples.txt").read_text() == "step 6 | a text\nstep 12 | a text\n"
 
 
 def test_a_stop_at_a_milestone_is_made_up_for_by_all(make_run):
