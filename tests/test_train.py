@@ -149,17 +149,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(train, make_run):
     assert_same(expected, final_state(run))
 
 
-def test_from_goes_back_to_a_checkpoint_and_stays_there(train, make_run):
-    run = make_run()
-    assert train(run).returncode == 0
-    expected = final_state(run)
-    first = find_checkpoints(run / "checkpoints")[0].path.name
-    finished = train(run, "--from", first)
-    assert finished.returncode == 0 and "resuming from step 5 of 12" in finished.stdout
-    assert_same(expected, final_state(run))
-    assert "no checkpoint 'nonsense'" in complaint(train(run, "--from", "nonsense"))
-
-
 def test_changed_keys_are_refused_announced_or_free(train, make_run):
     run = make_run(train={"min_train_tokens": 12 * 128})
     assert train(run).returncode == 0
