@@ -17,8 +17,6 @@ from outside_in.inference.hellaswag import Question, answer, read_questions
 from outside_in.inference.load import load_saved_model
 from outside_in.weights import host_arrays, save_weights
 
-pytestmark = pytest.mark.slow
-
 BIGRAM = {
     "n_layers": 0,
     "n_heads": 1,

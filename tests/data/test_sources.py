@@ -37,8 +37,6 @@ from outside_in.data import sources
 from outside_in.data.hub import detect_wrong_content
 from outside_in.data.sources import dataset_folder, dataset_revision
 
-pytestmark = pytest.mark.slow
-
 TOO_OFTEN = [500] * 6  # the client tries five times more when nothing arrives
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2096\n"
 

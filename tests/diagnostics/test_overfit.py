@@ -10,8 +10,6 @@ from outside_in.config import TrainConfig
 from outside_in.data.loader import open_streams
 from outside_in.diagnostics import overfit
 
-pytestmark = pytest.mark.slow
-
 SMALL = {
     "microbatch_size": 2,
     "gradient_accumulation_steps": 2,

@@ -20,8 +20,6 @@ from outside_in.huggingface.gpt2_names import (
 )
 from outside_in.weights import fill_like, host_arrays
 
-pytestmark = pytest.mark.slow
-
 THEIRS = json.loads((GPT2_FIXTURE / "config.json").read_text())
 GPT2 = {"qkv_bias": True, "tied_head": True}  # what OpenAI's own models are
 

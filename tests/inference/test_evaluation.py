@@ -6,8 +6,6 @@ from helpers import random_tokens, tiny_model
 from outside_in.data.loader import TokenStream
 from outside_in.inference.evaluation import mean_loss
 
-pytestmark = pytest.mark.slow
-
 
 def reference_loss(model, tokens, batch_shape, objective):
     """Mean of -log softmax in float64 over the sequences that fill whole batches, from the model's logits."""

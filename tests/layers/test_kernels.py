@@ -9,8 +9,6 @@ from flax import nnx
 from outside_in.layers import kernels
 from outside_in.layers.kernels import EPSILON, LayerNorm, choose_attention, describe_attention, vocabulary_product
 
-pytestmark = pytest.mark.slow
-
 WIDTH = 48
 
 

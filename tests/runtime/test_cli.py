@@ -12,8 +12,6 @@ from helpers import ROOT
 from outside_in.runtime import cli
 from outside_in.runtime.log import log, set_up
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def outcome(monkeypatch, capsys):

@@ -12,8 +12,6 @@ from outside_in.config import MeshConfig
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.mesh import array_spec, describe_mesh, make_mesh
 
-pytestmark = pytest.mark.slow
-
 BROKEN_PLUGIN = """
 def initialize():
     raise RuntimeError("no driver\\nand more lines")

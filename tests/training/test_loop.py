@@ -9,8 +9,6 @@ import pytest
 from outside_in import train_step
 from outside_in.training import loop, run
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def train(call_program):

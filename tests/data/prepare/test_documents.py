@@ -12,8 +12,6 @@ from pyarrow import parquet
 from outside_in.data.prepare import documents
 from outside_in.data.prepare.documents import File, HubDataset, ReadOptions, find_files
 
-pytestmark = pytest.mark.slow
-
 TEXTS = ["one", "", "zwei\nZeilen\n", "三 🦜", "\x00\x1b[0m\t"]
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
