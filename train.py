@@ -30,6 +30,11 @@ MODES = {  # instead of training: the function that does it, and its help
 def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where there is nothing to save yet, it must not kill
     check(args)
+    if args.new:
+        from outside_in.training.new_run import make_run
+
+        make_run(args.new, args.like, [str(argument) for argument in (args.run, *args.changes) if argument])
+        return cli.DONE
     if args.no_compilation_cache:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # which JAX reads when it is imported
     if args.run is None:
@@ -56,6 +61,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--{args.mode}: expected without --from, --accept-changes, --hash-parameters and --debug-checks, "
             "since it trains nothing"
+        )
+    if bool(args.new) != bool(args.like):
+        raise ValueError("--new and --like: expected together: --new RUN --like RUN KEY=VALUE …")
+    if args.changes and not args.new:
+        raise ValueError(
+            f"{args.changes[0]}: expected only with --new, which makes a run; to change {args.run}, edit its files"
         )
     if args.run is None and args.hash_parameters:  # which has taken the run's folder for its pattern
         raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
@@ -147,6 +158,9 @@ def make_parser() -> cli.ArgumentParser:
         metavar="CHECKPOINT",
         help="resume from this checkpoint: best, latest, or the name of one",
     )
+    add("changes", nargs="*", metavar="KEY=VALUE", help="for --new: keys of train.json, or model.KEY of model.json")
+    add("--new", type=Path, metavar="RUN", help="make a run from that of --like, and stop")
+    add("--like", type=Path, metavar="RUN", help="the run whose files --new takes")
     add("--accept-changes", action="store_true", help="resume even if keys that affect training have changed")
     add(
         "--hash-parameters",

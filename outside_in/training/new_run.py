@@ -1,0 +1,111 @@
+"""`--new`: a run like another one, with some keys changed."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
+from outside_in.data.prepare.description import DESCRIPTION, MAX_BYTES
+from outside_in.data.sources import BUILTIN, dataset_folder
+from outside_in.data.token_files import count_tokens
+from outside_in.data.tokenizer import VOCAB_SIZE
+from outside_in.runtime.log import log
+from outside_in.storage import atomic
+from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.strict_json import parse_object, read_json, read_text
+
+Keys = dict[str, Any]
+OF_OLD_DATA = ("start_train_token", "start_val_token")
+
+
+def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
+    """Write `model.json` and `train.json` of a new run.
+
+    They are those of the run `like`, with changes of the form KEY=VALUE. KEY is one of train.json, such as
+    learning_rate or mesh.fsdp, or model.KEY. VALUE is JSON, or else text. With another dataset, the vocabulary is the
+    data's, and few data are trained on in several epochs, so that the run is about as long.
+    Raises ValueError, and writes nothing, when `folder` exists or the result is not a valid run.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder}: already exists; choose another name for --new")
+    old = RunDirectory(like)
+    old.check()
+    model, train = (
+        parse_object(read_text(path, "a config of a few lines"), str(path))
+        for path in (old.model_config, old.train_config)
+    )
+    changed = [apply(model, train, change) for change in changes]
+    if "dataset" in changed:
+        changed += adapt(model, train, changed)
+    new = RunDirectory(folder)
+    files = {new.model_config: (model, ModelConfig), new.train_config: (train, TrainConfig)}
+    for path, (keys, config_class) in files.items():
+        parse_config(json.dumps(keys), config_class, str(path))
+    with atomic.atomic_directory(folder) as staging:
+        for path, (keys, _) in files.items():
+            (staging / path.name).write_text(json.dumps(keys, indent=2) + "\n")
+    every = {**{f"model.{key}": value for key, value in model.items()}, **train}
+    listed = [f"{key}={json.dumps(every[key])}" for key in dict.fromkeys(changed) if key in every]
+    log.info(f"{folder} is {like} with {', '.join(listed) or 'nothing changed'}; train it: uv run train.py {folder}")
+
+
+def apply(model: Keys, train: Keys, change: str) -> str:
+    """Apply KEY=VALUE to the keys of the two files; return KEY."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{change}: expected KEY=VALUE, such as learning_rate=0.001 or model.n_layers=6")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    keys, key = (model, name.removeprefix("model.")) if name.startswith("model.") else (train, name)
+    outer, dot, inner = key.partition(".")
+    if dot and outer == "mesh":
+        keys[outer] = {**(keys.get(outer) or {}), inner: value}
+        return outer
+    keys[key] = value
+    return name
+
+
+def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
+    """Adapt the vocabulary and the length to another dataset; return the keys that have changed."""
+    folder = dataset_folder(str(train["dataset"]), fetch=False)
+    adapted = []
+    if "model.vocab_size" not in changed and has_gpt2_tokens(train["dataset"], folder):
+        model["vocab_size"] = VOCAB_SIZE
+        adapted.append("model.vocab_size")
+    for key in set(OF_OLD_DATA).difference(changed):
+        train.pop(key, None)
+    tokens_path = folder / "train.safetensors"
+    if {"min_train_tokens", "epochs"}.isdisjoint(changed) and tokens_path.is_file():
+        adapted += adapt_length(model, train, count_tokens(tokens_path))
+    return adapted
+
+
+def has_gpt2_tokens(dataset: str, folder: Path) -> bool:
+    """Return whether data are known to be tokens of GPT-2's tokenizer."""
+    description = folder / DESCRIPTION
+    return dataset in BUILTIN or (
+        description.is_file() and read_json(description, MAX_BYTES).get("tokenizer") == "gpt2"
+    )
+
+
+def adapt_length(model: Keys, train: Keys, available: int) -> list[str]:
+    """Train on all tokens, in as many epochs as make the run as long as it was, if they are too few for one.
+
+    Returns the keys that have changed. Raises ValueError when they are too few for one global step.
+    """
+    config = parse_config(json.dumps(train), TrainConfig, "train.json")
+    per_step = tokens_per_global_step(parse_config(json.dumps(model), ModelConfig, "model.json"), config)
+    if available <= per_step:
+        raise ValueError(
+            f"{config.dataset}: {available:,} training tokens, but one global step takes {per_step:,} and a target; "
+            "add text, or set a smaller microbatch_size or model.context_length"
+        )
+    if config.min_train_tokens < available:
+        return []
+    steps = math.ceil(config.min_train_tokens / per_step) * config.epochs
+    train["min_train_tokens"], train["epochs"] = -1, max(1, round(steps / ((available - 1) // per_step)))
+    return ["min_train_tokens", "epochs"]
