@@ -132,7 +132,10 @@ def _read_recorded(path: Path) -> dict[str, Any]:
 
 def _source_facts(source: dict[str, Any]) -> str:
     known = {name: source[name] for name in SOURCE_FACTS if source.get(name) is not None}
-    return ", ".join(_printable(SOURCE_FACTS[name].format(value)) for name, value in known.items())
+    texts = {name: _printable(SOURCE_FACTS[name].format(value)) for name, value in known.items()}
+    if known.get("documents") == 1:
+        texts["documents"] = "1 document"
+    return ", ".join(texts.values())
 
 
 def _option_texts(options: dict[str, Any]) -> Iterator[str]:

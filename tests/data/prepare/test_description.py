@@ -389,9 +389,9 @@ def test_what_data_json_says_is_said_without_the_token_files(folder):
 
 
 def test_what_was_not_recorded_is_not_made_up(folder):
-    source = {"name": "owner/name", "size_bytes": None, "sha256": None, "documents": 2, "tokens": 9, "share": 1.0}
+    source = {"name": "owner/name", "size_bytes": None, "sha256": None, "documents": 1, "tokens": 9, "share": 1.0}
     printed = lines(recorded_of(folder, sources=[source], duplicates_dropped=None, options={}))
-    assert printed[3] == "source owner/name: 2 documents, 9 tokens, 100.0% of all tokens"
+    assert printed[3] == "source owner/name: 1 document, 9 tokens, 100.0% of all tokens"
     assert printed[-2:] == ["options none", "duplicates: not checked"]
 
 
