@@ -140,11 +140,13 @@ class GPTModel(nnx.Module):
         drop_rate: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         loss_rows_per_chunk: int | None = None,
+        remat: str = "none",
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.drop_rate = drop_rate
         self.loss_rows_per_chunk = loss_rows_per_chunk
+        self.remat = remat
         init = initializer(INIT_STD)
         self.token_embedding = nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         self.position_embedding = (
@@ -210,7 +212,10 @@ class GPTModel(nnx.Module):
         yield "the embedding", x_BTD
         for i, block in enumerate(self.blocks):
             dtype = x_BTD.dtype
-            x_BTD = block(x_BTD, positions_T, dropout, attend)
+            run = partial(block, positions_T=positions_T, dropout=dropout, attend=attend)
+            if self.remat == "blocks" and attend is causal_attention:  # the backward pass computes each block again
+                run = jax.checkpoint(run)
+            x_BTD = run(x_BTD)
             chex.assert_type(x_BTD, dtype, custom_message=f"the residual stream after block {i}")
             yield f"block {i}", x_BTD
         if self.output_norm is not None:
@@ -227,17 +232,19 @@ class GPTModel(nnx.Module):
         return logits_MV.reshape(*hidden_BTD.shape[:-1], len(table_VD))
 
 
-@partial(nnx.jit, static_argnums=(0, 2, 3, 4))
+@partial(nnx.jit, static_argnums=(0, 2, 3, 4, 5))
 def create_model(
     config: ModelConfig,
     seed: int,
     drop_rate: float = 0.0,
     precision: str = "float32",
     loss_rows_per_chunk: int | None = None,
+    remat: str = "none",
 ) -> GPTModel:
     """Build a fresh model in one compiled call."""
     rngs, dtype = nnx.Rngs(params=jax.random.key(seed)), jnp.dtype(precision)
-    model = GPTModel(config, rngs, drop_rate=drop_rate, dtype=dtype, loss_rows_per_chunk=loss_rows_per_chunk)
+    options = {"drop_rate": drop_rate, "loss_rows_per_chunk": loss_rows_per_chunk, "remat": remat}
+    model = GPTModel(config, rngs, dtype=dtype, **options)
     check_variables(model)
     return model
 

@@ -16,7 +16,7 @@ from outside_in.weights import load_model
 
 
 def make_model(args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> GPTModel:
-    model = create_model(config, train.seed, train.drop_rate, train.precision, train.loss_rows_per_chunk)
+    model = create_model(config, train.seed, train.drop_rate, train.precision, train.loss_rows_per_chunk, train.remat)
     if args.weights:
         load_model(args.weights, model)
     return model

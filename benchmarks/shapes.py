@@ -30,7 +30,14 @@ SHAPES = {
     | {"microbatch_size": 1, "gradient_accumulation_steps": 2},
 }
 DEFAULTS = {"vocab_size": 50257, "qkv_bias": False, "learning_rate": 0.0014, "min_train_tokens": -1, "shuffle": False}
-SAID = {"microbatch_size", "gradient_accumulation_steps", "microbatches_per_call", "precision", "seed"}  # in the report
+SAID = {
+    "microbatch_size",
+    "gradient_accumulation_steps",
+    "microbatches_per_call",
+    "precision",
+    "remat",
+    "seed",
+}  # in the report
 SCHEDULE_STEPS = 40  # two of warm-up; the first twenty see half of the cosine
 RANDOM_STEPS = 64  # global steps until random tokens are repeated
 PRODUCT_SIZES = {"cpu": 2048, "gpu": 8192}  # large enough for the best rate
@@ -82,6 +89,7 @@ def make_parser(description: str) -> ArgumentParser:
     ):
         parser.add_argument(option, dest=key, type=int, metavar="N", help=f"{key} of model.json or train.json")
     parser.add_argument("--tied", dest="tied_head", action="store_true", default=None, help="tie the output head")
+    parser.add_argument("--remat", choices=("none", "blocks"), help="gradient checkpointing")
     parser.add_argument("--precision", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--steps", type=int, default=10, help="global steps to time, after one that is not")

@@ -24,7 +24,7 @@ output_norm attention_output_bias tied_head
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on beta2
-warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk checkpoint_interval
+warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval
 keep_checkpoints initial_weights
 max_consecutive_rejections sample_prompt mesh
 """
@@ -101,7 +101,7 @@ def test_the_shipped_configs_load(run):
 
 
 def test_the_runs_of_the_readme_are_shipped():
-    assert {run.name for run in SHIPPED_RUNS} >= {"quickstart", "quickstart-a-to-a", "a-to-a", "gpt2-small"}
+    assert {run.name for run in SHIPPED_RUNS} >= {"quickstart", "quickstart-a-to-a", "a-to-a", "gpt2-small", "gpt2-xl"}
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
+from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 
 from model import GPTModel, count_parameters, gelu
-from outside_in.config import ModelConfig
+from outside_in.config import ModelConfig, load_config
 from outside_in.layers.dropout import Dropout
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
@@ -116,8 +116,17 @@ def test_gpt2_small_has_the_published_number_of_parameters(output_bias, expected
     assert count_parameters(ModelConfig(**GPT2_SMALL, qkv_bias=False, attention_output_bias=output_bias)) == expected
 
 
-def test_a_tied_head_with_query_key_value_biases_has_the_size_of_openais_gpt2():
-    assert count_parameters(ModelConfig(**GPT2_SMALL, qkv_bias=True, tied_head=True)) == 124_439_808
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_shipped_shapes_of_openais_models_have_their_numbers_of_parameters(run, expected):
+    assert count_parameters(load_config(ROOT / "runs" / run / "model.json", ModelConfig)) == expected
 
 
 @pytest.mark.parametrize("n_layers", [1, 12])

@@ -53,6 +53,13 @@ def test_completions_are_int32_ids_below_the_vocabulary_size(model, num_samples,
     assert ((completions >= 0) & (completions < VOCAB_SIZE)).all()
 
 
+def test_a_model_with_remat_completes_as_one_without(model):
+    expected = generate(model, PROMPT, num_tokens=8)
+    again = nnx.clone(model)
+    again.remat = "blocks"
+    np.testing.assert_array_equal(generate(again, PROMPT, num_tokens=8), expected)
+
+
 def test_a_seed_says_which_samples_are_drawn(model):
     first, again, other = (
         generate(model, PROMPT, num_tokens=8, sampling=BROAD, seed=seed, num_samples=2) for seed in (0, 0, 1)

@@ -210,6 +210,20 @@ def test_the_rows_of_a_chunk_can_be_set_and_change_nothing_but_rounding():
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_remat_computes_blocks_again_and_changes_nothing_but_rounding(drop_rate):
+    [call] = stream().calls(0)
+    models = [create_model(tiny_model_config(n_layers=2), 0, drop_rate, remat=remat) for remat in ("none", "blocks")]
+    products = [
+        str(jax.make_jaxpr(lambda call, model=model: mean_gradient(model, call, SEED_KEY))(call)).count("dot_general")
+        for model in models
+    ]
+    assert products[1] - products[0] >= 2 * 4  # those of a block's four layers, in two blocks
+    plain, remat = (nnx.jit(mean_gradient)(model, call, SEED_KEY) for model in models)
+    for found, expected in zip(jax.tree.leaves(remat), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_are_added_in_float32():
     [call] = stream().calls(0)
     _, grads, _ = nnx.jit(mean_gradient)(tiny_model(dtype="bfloat16"), call, SEED_KEY)

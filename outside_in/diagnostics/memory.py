@@ -114,7 +114,9 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     """
 
     def build() -> tuple[GPTModel, nnx.Optimizer]:
-        model = create_model(model_config, 0, config.drop_rate, config.precision, config.loss_rows_per_chunk)
+        model = create_model(
+            model_config, 0, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
+        )
         return model, make_optimizer(model, config, total_steps=1)
 
     mesh = make_mesh(config.mesh)

@@ -44,7 +44,9 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
     stream, _ = open_streams(folder, model_config, config.model_copy(update=changes), steps_per_epoch)
     changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None}
     config = config.model_copy(update=changes)
-    model = create_model(model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
+    model = create_model(
+        model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
+    )
     optimizer = make_optimizer(model, config, MAX_STEPS)
     [first] = stream.calls(0)
     batch = jax.device_put(first._replace(inputs=first.inputs[:1], targets=first.targets[:1]))

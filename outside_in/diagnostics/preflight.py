@@ -93,11 +93,15 @@ def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = 
     copies = 1 + spread / fsdp + (fsdp > 1)  # and whole: the gradient, and what is gathered of the parameters
     copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean
     positions = train.microbatch_size * model.context_length
-    rows = min(positions, chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
-    logits = 2 * 4 * rows * model.vocab_size  # float32 logits and their gradient, a chunk at a time
+    width = {"float32": 4, "bfloat16": 2}[train.precision]  # bytes
+    rows = min(positions, train.loss_rows_per_chunk or chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
+    logits = (4 + width) * rows * model.vocab_size  # a chunk of them as float32, and their gradient
     weights = model.n_heads * model.context_length if train.drop_rate else 0  # of attention: kept if some are dropped
-    per_layer = 4 * positions * (16 * model.emb_dim + weights)
-    state, activations = 4 * copies * parameters, logits + model.n_layers * per_layer
+    per_layer = positions * (16 * width * model.emb_dim + 4 * weights)
+    layers = model.n_layers * per_layer
+    if train.remat == "blocks" and model.n_layers:
+        layers = per_layer + model.n_layers * positions * width * model.emb_dim
+    state, activations = 4 * copies * parameters, logits + layers
     return (
         f"memory  about {(state + activations) / GIB:.2f} GiB: {state / GIB:.2f} parameters, moments and gradients, "
         f"{activations / GIB:.2f} logits and activations"

@@ -102,7 +102,9 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         "revision": dataset_revision(folder),
     }
     fingerprints = processes.broadcast(fingerprints)
-    model = create_model(plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk)
+    model = create_model(
+        plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
+    )
     place(model, mesh)
     optimizer = make_optimizer(model, config, plan.total_steps)
     place(optimizer, mesh)

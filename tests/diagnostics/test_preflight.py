@@ -101,9 +101,12 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_a_warning(run, monkeypa
 
 def test_memory_holds_at_least_parameters_moments_and_gradient():
     def gib(config):
-        one_layer = SHELL.model_copy(update={"n_layers": 1})
-        return float(re.search(r"memory  about ([\d.]+) GiB", estimate_memory(one_layer, config))[1])
+        two_layers = SHELL.model_copy(update={"n_layers": 2})
+        return float(re.search(r"memory  about ([\d.]+) GiB", estimate_memory(two_layers, config))[1])
 
+    assert gib(reference_train(precision="float32")) > gib(reference_train(precision="bfloat16"))
+    assert gib(reference_train(remat="blocks")) < gib(reference_train())
+    assert gib(reference_train(loss_rows_per_chunk=1)) < gib(reference_train())
     assert gib(reference_train()) > 4 * 4 * SHELL_PARAMETERS / GIB
     assert gib(reference_train()) < gib(reference_train(microbatch_size=12))
     assert gib(reference_train()) < gib(reference_train(microbatches_per_call=2))  # an accumulator of MultiSteps
