@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         with (
             closing(pipeline.Preparation(args.folder, sources, options, overwrite=args.overwrite)) as preparation,
-            listening(stop, "stopping; press Ctrl-C again to exit at once", "exited at once; the same command resumes"),
+            listening(stop, "stopping; a second Ctrl-C exits at once", "exited at once; the same command resumes"),
         ):
             return prepare(preparation, args.workers, stop)
     except OSError as error:

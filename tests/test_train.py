@@ -113,7 +113,10 @@ def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(tra
     assert train(alone).returncode == 0
     code, output = start_and_signal(interrupted, signal.SIGINT)
     assert code == 130, output
-    assert re.search(r"stopped and saved at step \d+ of 96; to resume: uv run train.py \S*interrupted", output)
+    assert re.search(
+        r"stopped and saved at step \d+ of 96; to resume, type the same line again \(uv run train.py \S*interrupted\)",
+        output,
+    )
     assert re.search(r"  time    .*\d:\d\d:\d\d steps \(", output)
     code, output = start_and_signal(interrupted, signal.SIGKILL, after_step=60)
     assert code == -signal.SIGKILL

@@ -46,7 +46,7 @@ def test_an_interrupted_folder_goes_on_with_the_run_it_stopped_in(call_program, 
     assert call_program("train", ladder / "01").returncode == 0
     code, output = start_and_signal(ladder, signal.SIGINT, metrics=ladder / "02" / "metrics.jsonl")
     assert code == 130, output
-    assert f"to resume: uv run train.py {ladder}" in output
+    assert f"to resume, type the same line again (uv run train.py {ladder})" in output
     assert "parameters" not in output.split("run 2 of 2")[0]
     assert 20 <= len(steps(ladder / "02")) < 96
     finished = call_program("train", ladder)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first stops soon, the second at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first stops soon, a later one at once.
 
 SIGUSR1 asks for a checkpoint.
 
@@ -12,9 +12,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REPEAT_SECONDS = 0.5  # `uv run` passes a signal on that its whole process group gets: the same one comes twice
 
 
 class StopRequest:
@@ -82,17 +84,19 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
             print(f"\n{message}", file=sys.stderr, flush=True)
 
     def listen() -> None:
+        asked_at = 0.0
         while received := reader.recv(1):
             if received[0] == signal.SIGUSR1:
                 request.ask_to_save()
             if received[0] not in STOPPING:
                 continue
             if request.received_signal is not None:
-                if received[0] == signal.SIGHUP:  # a closed terminal sends it, and `uv run` passes it on once more
+                is_repeated = received[0] == request.received_signal and time.monotonic() - asked_at < REPEAT_SECONDS
+                if is_repeated or received[0] == signal.SIGHUP:  # nobody who closes a terminal asks for more
                     continue
                 announce(second_message)
                 os._exit(request.exit_code)
-            request.received_signal = received[0]
+            request.received_signal, asked_at = received[0], time.monotonic()
             announce(first_message)
 
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first: none is missed

@@ -1,6 +1,7 @@
 """One run from start to end: plan, restore or build, train, report."""
 
 import argparse
+import shlex
 
 import jax
 
@@ -57,11 +58,11 @@ def run_training(
         restore(checkpoint, state, accept=args.accept_changes, commit_again=args.from_checkpoint is not None)
     else:
         start(state)
-    resume_line = f"uv run train.py {args.run}"
+    resume_line = f"type the same line again (uv run train.py {shlex.quote(str(args.run))})"
     with listening(
         stop,
-        "stopping after this step; press Ctrl-C again to exit at once",
-        f"exited at once; to resume from the last checkpoint: {resume_line}",
+        "stopping after this step; a second Ctrl-C exits at once",
+        f"exited at once; to resume from the last checkpoint, {resume_line}",
     ):
         train(state, stop, monitor)
         stop.apply(processes.all_max(stop.pending_stop()))  # what came too late for the last step
@@ -109,11 +110,12 @@ def report(state: TrainState, stop: StopRequest, resume_line: str) -> int:
     step, total = state.global_step, state.total_steps
     if step == total and not state.needs_validation:
         share = state.seconds_paused / state.seconds
-        speed = f" at {state.tokens_per_second:,.0f} tokens/s" if state.records else ""
+        speed = step * state.tokens_per_step / state.seconds
         log.info(
-            f"finished: {state.seconds:,.0f} s of training{speed}, {share:.1%} of the time waiting for checkpoints"
+            f"finished: {state.seconds:,.0f} s of training at {speed:,.0f} tokens/s, all included; "
+            f"{share:.1%} of the time waiting for validation and checkpoints"
         )
         return stop.exit_code if stop else DONE  # in a folder of runs the next one must not start
     where = f"and saved at step {step:,} of {total:,}" if step else "before the first step"
-    log.info(f"stopped {where}; to resume: {resume_line}")
+    log.info(f"stopped {where}; to resume, {resume_line}")
     return stop.exit_code

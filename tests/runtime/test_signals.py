@@ -6,7 +6,7 @@ import time
 import pytest
 from helpers import ROOT
 
-from outside_in.runtime.signals import StopRequest, listening
+from outside_in.runtime.signals import REPEAT_SECONDS, StopRequest, listening
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +75,8 @@ def test_the_second_signal_leaves_at_once_whatever_the_main_thread_does(body, fi
     process = start(STUCK[body])
     process.send_signal(first)
     wait_for_first_message(process)
+    if second == first:
+        time.sleep(REPEAT_SECONDS + 0.1)
     process.send_signal(second)
     assert finish(process) == ("", f"\n{SECOND}\n", exit_code)
 
@@ -84,7 +86,7 @@ def test_the_second_signal_leaves_also_when_nobody_reads_the_messages():
     process.stderr.close()  # as when the `tee` behind a pipe got the same Ctrl-C
     process.stderr = None
     for _ in range(2):
-        time.sleep(0.2)  # two signals in one moment would count as one
+        time.sleep(REPEAT_SECONDS + 0.1)  # two signals in one moment count as one
         process.send_signal(signal.SIGINT)
     assert finish(process)[2] == 130
 
@@ -140,6 +142,17 @@ def test_a_hangup_is_ignored_where_it_was_before_as_under_nohup():
     process.send_signal(signal.SIGHUP)
     output, errors, _ = finish(process)
     assert "block ended None" in output and FIRST not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_twice_in_a_moment_is_one_request(number):
+    """As `uv run` sends it, once by itself, when its whole process group gets it: from timeout, say, or a scheduler."""
+    process = start(POLITE.replace("0.01", "1"))
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(0.1)
+    output, errors, code = finish(process)
+    assert (code, f"block ended {int(number)}" in output, SECOND in errors) == (128 + number, True, False)
 
 
 def test_a_hangup_that_comes_twice_is_one_request():

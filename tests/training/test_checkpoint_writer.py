@@ -99,7 +99,10 @@ def test_a_signal_in_any_phase_saves_and_the_resumed_run_is_the_undisturbed_one(
     assert saved_step in (newest.global_step, None)
     assert not list((run / "checkpoints").glob(".*"))
     if phase != "saving at the end":
-        assert re.search(rf"stopped and saved at step {newest.global_step} of 12; to resume: uv run", finished.stdout)
+        assert re.search(
+            rf"stopped and saved at step {newest.global_step} of 12; to resume, type the same line again",
+            finished.stdout,
+        )
     assert train(run).returncode == 0
     state = final_state(run)
     if not changes:  # MultiSteps has a state of its own
@@ -116,7 +119,7 @@ def test_a_signal_while_compiling_ends_a_run_that_has_nothing_to_save_yet(
         on_call(patches, loop, "compile_train_step", 1, lambda: send(number))
         finished = train(run)
     assert finished.returncode == code, finished.stderr
-    assert "stopped before the first step; to resume: uv run" in finished.stdout
+    assert "stopped before the first step; to resume, type the same line again" in finished.stdout
     assert find_checkpoints(run / "checkpoints") == []
     assert train(run).returncode == 0
     assert_same(alone, final_state(run))
@@ -186,7 +189,7 @@ def test_the_time_lost_to_checkpoints_is_in_the_metrics_and_said_at_the_end(trai
     assert lost.keys() == {6, 11} and lost[6] >= 0.3
     assert find_checkpoints(run / "checkpoints")[-1].meta["seconds_paused"] >= 0.3
     assert re.search(
-        r"finished: [\d,]+ s of training at [\d,]+ tokens/s, \d+\.\d% of the time waiting for checkpoints",
+        r"finished: [\d,]+ s of training at [\d,]+ tokens/s, all included; \d+\.\d% of the time waiting for validation",
         finished.stdout,
     )
 
