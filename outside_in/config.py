@@ -230,7 +230,8 @@ def parse_config(text: str, config_class: type[C], source: str) -> C:
 
 
 def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) -> str:
-    first = error.errors(include_url=False)[0]
+    # A typo in a required key is two errors, of which the unknown key says more.
+    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     name = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
         return f"missing key {name!r}"

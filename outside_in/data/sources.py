@@ -41,7 +41,10 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
     if not folder.is_dir():
         if not HUB_ID.fullmatch(dataset):
             raise ValueError(f"dataset: no folder {dataset!r}, and it is not a Hub id (owner/name) or built-in name")
-        folder = DATA_FOLDER / dataset
+        owner, folder = folder.parent, DATA_FOLDER / dataset
+        if owner.is_dir() and not folder.is_dir():  # "data/mine", mistyped
+            inside = ", ".join(sorted(path.name for path in owner.iterdir() if path.is_dir())[:10])
+            raise ValueError(f"dataset: no folder {dataset!r}; {owner} has {inside or 'none'}")
         if fetch and missing(folder):
             download_dataset(dataset, folder)
     for path in (folder / name for name in TOKEN_FILES):

@@ -99,6 +99,12 @@ def test_an_unknown_built_in_name_lists_the_known_ones(fetch):
     assert "builtin/every-token, builtin/python-docs" in line
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    assert refusal("data/mien") == "dataset: no folder 'data/mien'; data has mine"
+
+
 @pytest.mark.parametrize(
     "name", ["nonsense", "a/b/c", "../up", "/nowhere", "two words/x", "owner/", "/name", "a/..", "x\ny/z"]
 )
