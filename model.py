@@ -93,7 +93,10 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then feed-forward; each normalised before and added to its input, as far as the switches say."""
+    """Attention, then feed-forward.
+
+    Each is normalized before, and added to its input, if its switch is on.
+    """
 
     def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.shortcut = config.shortcut
@@ -173,7 +176,7 @@ class GPTModel(nnx.Module):
         return chunked_cross_entropy(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
 
     def token_losses(self, inputs_BT: jax.Array, targets_BT: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Return the loss of each target, (B, T), as `evaluate.py` wants it. A change here belongs into `loss` too."""
+        """Return the loss of each target, (B, T), as `evaluate.py` wants it. Make the same change in `loss`."""
         hidden_BTD = self.hidden_states(inputs_BT, dropout)
         return chunked_losses(self.unembed, hidden_BTD, targets_BT, self.loss_rows_per_chunk)
 

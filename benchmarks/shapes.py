@@ -46,7 +46,7 @@ MIN_STEPS = 3  # with one step ahead the first and the last take too long and to
 
 
 class Contender(Protocol):
-    """A model, an optimiser, and the first batch on the device."""
+    """A model, an optimizer, and the first batch on the device."""
 
     steps_ahead: int  # 1: a step may be started before the loss of the one before is read; 0: starting is waiting
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy", "pydantic>=2.12,<3", "safetensors", "torch>=2.8", "tqdm"]
 # ///
-"""The same model and optimiser in plain PyTorch, as its good users write them, to compare with.
+"""The same model and optimizer in plain PyTorch, as its good users write them, to compare with.
 
 The GPT of nanoGPT, https://github.com/karpathy/nanoGPT, with names and defaults of ours, so that weights fit both.
 On a CPU PyTorch computes while it is called: `dispatch_seconds` is null there.

@@ -137,8 +137,8 @@ def mean_loss_of_calls(reports: Sequence[StepReport]) -> float:
 def steps_ahead() -> int:
     """Return how many steps may run before the first's report is fetched.
 
-    One, so that a GPU never waits for Python. None on the CPU: it would hold all of a step's memory twice, and be no
-    faster.
+    One, so that a GPU never waits for Python. Zero on the CPU, where a second step would double the memory and gain
+    nothing.
     """
     return 0 if jax.default_backend() == "cpu" else 1
 
@@ -158,9 +158,9 @@ def mean_gradient(
 ) -> tuple[jax.Array, nnx.State, jax.Array]:
     """Return the mean of `model.loss`, and its gradient, for a call.
 
-    The mean is over its microbatches, and over the devices that share each. Parameters
-    that are sharded over `fsdp` are gathered once; gradients are summed on each device, and reduced over all of them
-    once, at the end. Also returns the loss of each microbatch, (A,).
+    The mean is over its microbatches, and over the devices that share each. Parameters that are sharded over `fsdp` are
+    gathered once; gradients are summed on each device, and reduced over all of them once, at the end. Also returns the
+    loss of each microbatch, (A,).
     """
     mesh = mesh or one_device()
     graph, state = nnx.split(model)
@@ -214,9 +214,7 @@ def accumulate_microbatches(
 ) -> tuple[nnx.State, jax.Array]:
     """Sum the gradients of this device's sequences, one microbatch after another.
 
-    The sum is the device's share of the mean over all devices.
-
-    Also returns the loss of each microbatch, (A,).
+    The sum is the device's share of the mean over all devices. Also returns the loss of each microbatch, (A,).
     """
     global_step, first = batch.position
     count, sequences, _ = batch.inputs.shape

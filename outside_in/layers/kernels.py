@@ -21,8 +21,8 @@ VOCAB_MULTIPLE = {"gpu": 128}  # tensor cores like round numbers: 50,257 becomes
 def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
     """Return causal softmax attention, (B, T, N, H).
 
-    Each position averages the values up to its own by softmax(q · k / √H). Computes in
-    the type of the values. Keys and values may have fewer heads, each for as many queries in a row.
+    Each position averages the values up to its own by softmax(q · k / √H). Computes in the type of the values. Keys and
+    values may have fewer heads, each for as many queries in a row.
     """
     q_BTNH, k_BTNH = (x.astype(v_BTNH.dtype) for x in (q_BTNH, k_BTNH))
     chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], jax.default_backend())

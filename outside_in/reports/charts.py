@@ -117,9 +117,10 @@ def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
             groups = [curve.training[at : at + window] for at in range(0, len(curve.training), window)]
             means = [sum(loss for _, loss in group) / len(group) for group in groups]
             axes.plot([group[-1][0] for group in groups], means, color=color, linewidth=0.8, alpha=0.6)
-            axes.plot(
-                *zip(*curve.validation or curve.training[-1:]), "o-", color=color, markersize=4, label=curve.label
-            )
+            if curve.validation:
+                axes.plot(*zip(*curve.validation), "o-", color=color, markersize=4, label=curve.label)
+            else:
+                axes.plot([], color=color, linewidth=0.8, label=f"{curve.label} (no validation)")
 
 
 def _periods(records: list[Record], period: int) -> tuple[list[float], list[float], list[float], list[float]]:
