@@ -78,9 +78,17 @@ def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
         adapted.append("model.vocab_size")
     for key in set(OF_OLD_DATA).difference(changed):
         train.pop(key, None)
-    tokens_path = folder / "train.safetensors"
-    if {"min_train_tokens", "epochs"}.isdisjoint(changed) and tokens_path.is_file():
+    tokens_path, validation_path = (folder / name for name in ("train.safetensors", "validation.safetensors"))
+    if not tokens_path.is_file():  # not downloaded or made yet
+        return adapted
+    if {"min_train_tokens", "epochs"}.isdisjoint(changed):
         adapted += adapt_length(model, train, count_tokens(tokens_path))
+    if "val_tokens" not in changed and train.get("val_tokens") != 0:
+        if validation_path.is_file():
+            check_validation(model, train, count_tokens(validation_path))
+        else:
+            train["val_tokens"] = 0
+            adapted.append("val_tokens")
     return adapted
 
 
@@ -97,8 +105,8 @@ def adapt_length(model: Keys, train: Keys, available: int) -> list[str]:
 
     Returns the keys that have changed. Raises ValueError when they are too few for one global step.
     """
-    config = parse_config(json.dumps(train), TrainConfig, "train.json")
-    per_step = tokens_per_global_step(parse_config(json.dumps(model), ModelConfig, "model.json"), config)
+    model_config, config = parsed(model, train)
+    per_step = tokens_per_global_step(model_config, config)
     if available <= per_step:
         raise ValueError(
             f"{config.dataset}: {available:,} training tokens, but one global step takes {per_step:,} and a target; "
@@ -109,3 +117,19 @@ def adapt_length(model: Keys, train: Keys, available: int) -> list[str]:
     steps = math.ceil(config.min_train_tokens / per_step) * config.epochs
     train["min_train_tokens"], train["epochs"] = -1, max(1, round(steps / ((available - 1) // per_step)))
     return ["min_train_tokens", "epochs"]
+
+
+def check_validation(model: Keys, train: Keys, available: int) -> None:
+    """Raise ValueError when there are too few validation tokens for a batch."""
+    model_config, config = parsed(model, train)
+    needed = config.microbatch_size * model_config.context_length
+    if available <= needed:
+        raise ValueError(
+            f"{config.dataset}: {available:,} validation tokens, but a batch takes {needed:,} and a target; prepare it "
+            "with a larger --validation, such as 10%, and --overwrite, or add val_tokens=0 here to go without"
+        )
+
+
+def parsed(model: Keys, train: Keys) -> tuple[ModelConfig, TrainConfig]:
+    model_config = parse_config(json.dumps(model), ModelConfig, "model.json")
+    return model_config, parse_config(json.dumps(train), TrainConfig, "train.json")

@@ -18,9 +18,11 @@ def new(call_program, make_run, tmp_path):
     return make
 
 
-def make_data(folder, tokens, tokenizer=None):
+def make_data(folder, tokens, tokenizer=None, validation=1000):
     folder.mkdir()
-    save_file({"tokens": random_tokens(tokens)}, folder / "train.safetensors")
+    for split, count in (("train", tokens), ("validation", validation)):
+        if count:
+            save_file({"tokens": random_tokens(count)}, folder / f"{split}.safetensors")
     if tokenizer:
         (folder / "data.json").write_text(json.dumps({"tokenizer": tokenizer}))
     return folder
@@ -83,6 +85,20 @@ def test_a_change_that_makes_no_valid_run_writes_nothing(new, tmp_path, changes,
 def test_data_too_few_for_a_step_are_refused(new, tmp_path):
     finished, *_ = new(f"dataset={make_data(tmp_path / 'few', 5)}")
     assert "5 training tokens, but one global step takes" in complaint(finished)
+
+
+def test_validation_data_too_few_for_a_batch_are_refused_unless_it_is_left_out(new, tmp_path):
+    needed = TINY_TRAIN["microbatch_size"] * TINY_MODEL["context_length"]
+    data = make_data(tmp_path / "few", 10_000, validation=needed)
+    finished, *_ = new(f"dataset={data}")
+    assert f"{needed} validation tokens, but a batch takes {needed} and a target" in complaint(finished)
+    finished, _, train = new(f"dataset={data}", "val_tokens=0")
+    assert finished.returncode == 0 and train["val_tokens"] == 0
+
+
+def test_data_without_validation_make_a_run_without(new, tmp_path):
+    finished, _, train = new(f"dataset={make_data(tmp_path / 'none', 10_000, validation=0)}")
+    assert train["val_tokens"] == 0 and "val_tokens=0" in finished.stdout
 
 
 def test_what_exists_is_not_touched(new, tmp_path):
