@@ -91,8 +91,8 @@ peers() { # both programs are on the GPU at once, and JAX would take three quart
     -- $shape --microbatch "${MICROBATCH:-32}" >>"$folder/peers.jsonl"
 }
 
-tests() {
-  JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -q -n 0 -p no:cacheprovider -k "not on_a_cpu" tests/layers \
+tests() { # compiled as users do
+  XLA_FLAGS=${XLA_FLAGS:-} JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -q -n 0 -p no:cacheprovider -k "not on_a_cpu" tests/layers \
     tests/test_loss.py tests/test_optimizer.py tests/test_train_step.py tests/test_sampling.py tests/test_forking.py
 }
 
