@@ -1,7 +1,9 @@
-"""Checks of the folder to create: its name, and the disk's space."""
+"""The folder to create: its name, the disk's space, its lock."""
 
+import fcntl
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
 from outside_in.data.prepare.encode import Source
@@ -42,3 +44,14 @@ def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copi
             f"{out}: expected about {needed / 2**30:.2f} GiB of free disk space, got {free / 2**30:.2f} GiB; "
             "free some, use another disk, or use --limit-tokens"
         )
+
+
+def lock(path: Path, out: Path) -> TextIO:
+    """Lock a file for this process. Raises ValueError, naming `out`, when another process holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
+    return file

@@ -1,6 +1,7 @@
 """Documents from text, JSON lines or Parquet files, and from Hub datasets."""
 
 import codecs
+import hashlib
 import itertools
 import json
 import shutil
@@ -46,6 +47,10 @@ class File:
         """Return size and time of modification, which change with the content."""
         return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def documents(self, reading: ReadOptions, skip: int) -> Iterator[tuple[str, int]]:
         """Yield documents after the first `skip`, and the bytes read so far.
 
@@ -73,6 +78,9 @@ class HubDataset:
 
     def at(self, revision: str | None) -> Self:
         return replace(self, revision=revision)
+
+    def sha256(self) -> None:
+        """Return None: it is not read as files."""
 
     def newest_revision(self) -> str | None:
         """Ask the Hub for the newest commit; None for a local folder."""

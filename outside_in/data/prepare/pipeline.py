@@ -4,7 +4,6 @@ Everything is written into a hidden folder beside the one asked for, which is re
 saved there every few seconds. A new start cuts the token files to it and resumes.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -13,12 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from outside_in.data.prepare import description
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
-from outside_in.data.prepare.destination import LOCK, PROGRESS_FILE, check_place, check_space
-from outside_in.data.prepare.documents import File
+from outside_in.data.prepare.destination import LOCK, PROGRESS_FILE, check_place, check_space, lock
 from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.progress import Options, Progress, difference, pinned
@@ -270,7 +268,7 @@ class Preparation:
     def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
         paths = {split: self.folder / f"{split}.safetensors" for split in self.splits}
         with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(_sha256, self.sources))
+            hashes = list(pool.map(lambda source: source.sha256(), self.sources))
         counts = self.progress.per_source  # a limit may have left the last sources out
         total = sum(source["tokens"] for source in counts)
         sources = [
@@ -289,24 +287,6 @@ class Preparation:
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
             "leakage": find_leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
         }
-
-
-def lock(path: Path, out: Path) -> TextIO:
-    """Lock a file for this process. Raises ValueError, naming `out`, when another process holds it."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{out}: is being prepared by another process; wait for it or stop it") from None
-    return file
-
-
-def _sha256(source: Source) -> str | None:
-    if not isinstance(source, File):
-        return None
-    with source.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
