@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
             (staging / path.name).write_text(json.dumps(keys, indent=2) + "\n")
     every = {**{f"model.{key}": value for key, value in model.items()}, **train}
     listed = [f"{key}={json.dumps(every[key])}" for key in dict.fromkeys(changed) if key in every]
-    log.info(f"{folder} is {like} with {', '.join(listed) or 'nothing changed'}; train it: uv run train.py {folder}")
+    log.info(f"{folder} is {like} with {', '.join(listed) or 'nothing changed'}")
+    log.info(f"train it: uv run train.py {shlex.quote(str(folder))}")
 
 
 def apply(model: Keys, train: Keys, change: str) -> str:
@@ -63,7 +65,8 @@ def apply(model: Keys, train: Keys, change: str) -> str:
     keys, key = (model, name.removeprefix("model.")) if name.startswith("model.") else (train, name)
     outer, dot, inner = key.partition(".")
     if dot and outer == "mesh":
-        keys[outer] = {**(keys.get(outer) or {}), inner: value}
+        old = keys.get(outer)
+        keys[outer] = {**(old if isinstance(old, dict) else {}), inner: value}
         return outer
     keys[key] = value
     return name
@@ -112,10 +115,11 @@ def adapt_length(model: Keys, train: Keys, available: int) -> list[str]:
             f"{config.dataset}: {available:,} training tokens, but one global step takes {per_step:,} and a target; "
             "add text, or set a smaller microbatch_size or model.context_length"
         )
-    if config.min_train_tokens < available:
+    steps = math.ceil(config.min_train_tokens / per_step)  # 0 for all tokens, -1
+    possible = (available - 1) // per_step
+    if steps <= possible:
         return []
-    steps = math.ceil(config.min_train_tokens / per_step) * config.epochs
-    train["min_train_tokens"], train["epochs"] = -1, max(1, round(steps / ((available - 1) // per_step)))
+    train["min_train_tokens"], train["epochs"] = -1, max(1, round(steps * config.epochs / possible))
     return ["min_train_tokens", "epochs"]
 
 

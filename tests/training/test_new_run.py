@@ -48,6 +48,19 @@ def test_few_data_are_trained_on_in_several_epochs_and_bring_their_vocabulary(ne
     assert f"model.vocab_size=50257, min_train_tokens=-1, epochs={train['epochs']}" in finished.stdout
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_whole_steps_are_what_must_fit(new, tmp_path, missing):
+    needed = TINY_TRAIN["min_train_tokens"] + 1  # a target after the last token
+    data = make_data(tmp_path / "data", needed - missing)
+    _, _, train = new(f"dataset={data}")
+    assert train["min_train_tokens"] == (-1 if missing else TINY_TRAIN["min_train_tokens"])
+
+
+def test_the_mesh_can_be_given_whole_or_by_its_axes(new):
+    _, _, train = new("mesh=3", "mesh.fsdp=1")
+    assert train["mesh"] == {"fsdp": 1}
+
+
 def test_enough_data_change_nothing_else(new, tmp_path):
     many = make_data(tmp_path / "many", TINY_TRAIN["min_train_tokens"] + 1)
     _, model, train = new(f"dataset={many}")
