@@ -139,7 +139,7 @@ class TrainConfig(Config):
     seed: int = key("fatal", 42, ge=0, lt=2**31)
     precision: Literal["float32", "bfloat16"] = key("announced", "float32")
     loss_rows_per_chunk: int | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
-    remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, a quarter slower
+    remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, slower
     checkpoint_interval: int = key("free", 250, ge=1)  # global steps
     keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
     max_consecutive_rejections: int = key("free", 10, ge=1)

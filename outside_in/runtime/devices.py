@@ -47,7 +47,7 @@ def device_kind() -> str:
 
 
 def compiler_options() -> dict[str, bool]:
-    """Return XLA's options for a training step on this kind of device.
+    """Return XLA's options for compiled steps on this device.
 
     On a GPU all products are cuBLAS's, which also adds biases and residuals and computes GELU: 3% faster than Triton's
     and separate kernels for those (docs/experiments.md). XLA_FLAGS may say otherwise.
