@@ -169,8 +169,14 @@ def _make_staging(folder: Path, staging: Path) -> None:
     staging.mkdir()
 
 
-def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> Checkpoint:
-    """Commit a checkpoint of `meta["global_step"]`, and move the links.
+def save(
+    folder: Path,
+    state: HostCopy,
+    meta: dict[str, Any],
+    model_json: str,
+    files: dict[str, bytes] = {},  # noqa: B006
+) -> Checkpoint:
+    """Commit a checkpoint of `meta["global_step"]`, with other `files` by name, and move the links.
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
@@ -180,6 +186,8 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
         _make_staging(folder, staging)
     try:
         with os_errors(staging):
+            for file, content in files.items():
+                (staging / file).write_bytes(content)
             _write(staging, state, meta, model_json)
             staging.rename(folder / name)
     except BaseException:
@@ -192,7 +200,7 @@ def save(folder: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -
 
 
 def _write(staging: Path, state: HostCopy, meta: dict[str, Any], model_json: str) -> None:
-    save_weights(staging / MODEL_FILE, state.weights, model_json)
+    save_weights(staging / MODEL_FILE, state.weights, model_json, meta.get("tokenizer"))
     if state.staging is None:
         _write_optimizer(staging, state.optimizer)
     (staging / META_FILE).write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n")

@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
     )
     options = pipeline.Options(
         reading=ReadOptions(args.field, args.separator, args.errors),
+        tokenizer=args.tokenizer,
+        end_of_text=args.end_of_text,
         validation=args.validation,
         limit_tokens=args.limit_tokens,
         shuffle=args.shuffle,
@@ -107,7 +109,7 @@ def seed(text: str) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Turn text into token files, with GPT-2's tokenizer.")
+    parser = cli.ArgumentParser(description="Turn text into token files, with GPT-2's tokenizer or another.")
     parser.add_argument("folder", nargs="?", type=Path, help="the folder to create")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -119,6 +121,15 @@ def make_parser() -> cli.ArgumentParser:
     )
     source.add_argument("--hub", metavar="DATASET", help="stream a dataset of the Hugging Face Hub")
     source.add_argument("--describe", type=Path, metavar="FOLDER", help="count what is in token files, and stop")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="TOKENIZER",
+        help="gpt2 (default), bytes, the path of a tokenizer.json, or train:N: train one of N ids on this text",
+    )
+    parser.add_argument(
+        "--end-of-text", metavar="TOKEN", help="the token of a tokenizer.json that ends a text (<|endoftext|>, </s>, …)"
+    )
     parser.add_argument("--config", help="Hub config name, such as sample-10BT")
     parser.add_argument("--split", default="train", help="Hub split (train)")
     parser.add_argument(
@@ -142,7 +153,9 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument("--limit-tokens", type=count, metavar="N", help="stop after the document that reaches N tokens")
     parser.add_argument("--shuffle", action="store_true", help="put the documents in a seeded order")
     parser.add_argument("--deduplicate", action="store_true", help="drop exact duplicates")
-    parser.add_argument("--special-tokens", action="store_true", help="read <|endoftext|> in the text as the token")
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="read <|endoftext|> in the text as the token that ends a text"
+    )
     parser.add_argument("--seed", type=seed, default=42, help="seed for the validation split and --shuffle (42)")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="tokenizing threads (all cores)")
     parser.add_argument(

@@ -16,22 +16,19 @@ Now wherefore stopp'st thou me?"""
 
 
 def main(args: argparse.Namespace) -> int:
-    from outside_in.data import tokenizer  # with JAX, which takes seconds to import: not for a usage error
+    # With JAX, which takes seconds to import: not for a usage error.
     from outside_in.inference.generation import likeliest_outputs
-    from outside_in.inference.load import find_weights, load_saved_model
+    from outside_in.inference.load import find_weights, load_saved_model, need_tokenizer
     from outside_in.runtime.devices import initialize_devices
 
     initialize_devices()
-    model = load_saved_model(find_weights(args.model))
-    token_ids = tokenizer.encode(args.text)
+    path = find_weights(args.model)
+    tokenizer, model = need_tokenizer(path), load_saved_model(path)
+    token_ids = tokenizer.encode(args.text).tolist()
     if not token_ids:
         raise ValueError("--text: expected some text, got none")
-    if max(token_ids) >= model.config.vocab_size:
-        raise ValueError(
-            f"{args.model}: only GPT-2's vocabulary is supported, got one of {model.config.vocab_size:,} ids"
-        )
-    predicted = likeliest_outputs(model, token_ids)
-    print("---", args.text, "---", tokenizer.decode(predicted), "---", sep="\n")
+    predicted = likeliest_outputs(model, token_ids, tokenizer.vocab_size)
+    print("input:", args.text, "", "output:", tokenizer.decode(predicted), "", sep="\n")
     matches = sum(token == output for token, output in zip(token_ids, predicted, strict=True))
     print(f"{matches} of {len(token_ids)} tokens map to themselves")
     return cli.DONE if matches == len(token_ids) else cli.FAILED

@@ -13,17 +13,15 @@ from outside_in.runtime import cli
 
 def main(args: argparse.Namespace) -> int:
     check(args)
-    from outside_in.data import tokenizer  # with JAX, which takes seconds to import: not for a usage error
+    # With JAX, which takes seconds to import: not for a usage error.
     from outside_in.inference.generation import Sampling, generate, stream
-    from outside_in.inference.load import find_weights, load_saved_model
+    from outside_in.inference.load import find_weights, load_saved_model, need_tokenizer
     from outside_in.runtime.devices import initialize_devices
 
     initialize_devices()
     path = find_weights(args.model)
-    model = load_saved_model(path)
-    prompt_ids = tokenizer.encode(args.prompt)
-    if not tokenizer.is_gpt2(model.config.vocab_size):
-        raise ValueError(f"{path}: only GPT-2's vocabulary is supported, got one of {model.config.vocab_size:,} ids")
+    tokenizer, model = need_tokenizer(path), load_saved_model(path)
+    prompt_ids = tokenizer.encode(args.prompt, special=args.special_tokens).tolist() or [tokenizer.end_of_text]
     context_length = model.config.context_length
     if len(prompt_ids) >= context_length:
         raise ValueError(
@@ -32,8 +30,8 @@ def main(args: argparse.Namespace) -> int:
     if len(prompt_ids) + args.tokens > context_length + 1:  # the last one need not be read
         notice = f"when the text fills the context of {context_length:,} tokens, only its second half is kept"
         print(f"notice: {notice}", file=sys.stderr)
-    stop_id = None if args.ignore_end else tokenizer.END_OF_TEXT
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    stop_id = None if args.ignore_end else tokenizer.end_of_text
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, tokenizer.vocab_size)
     options = {"sampling": sampling, "seed": args.seed, "stop_id": stop_id}
     if args.samples == 1:
         parts = (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options))
@@ -54,8 +52,6 @@ def print_completion(prompt: str, texts: Iterable[str]) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that make no sense."""
-    if not args.prompt:
-        raise ValueError("--prompt: expected some text, got none")
     for option in ("tokens", "samples", "top_k"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -75,7 +71,9 @@ def check(args: argparse.Namespace) -> None:
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Complete a prompt, greedily unless --temperature is set.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
-    parser.add_argument("--prompt", default="Every effort moves you", help="(Every effort moves you)")
+    parser.add_argument(
+        "--prompt", default="Every effort moves you", help="(Every effort moves you); '': start a new text"
+    )
     parser.add_argument("--tokens", type=int, default=20, help="number of tokens to add (20)")
     parser.add_argument(
         "--temperature",
@@ -89,7 +87,10 @@ def make_parser() -> cli.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--samples", type=int, default=1, help="number of completions (1)")
-    parser.add_argument("--ignore-end", action="store_true", help="continue after <|endoftext|>")
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="read <|endoftext|> in the prompt as the token that ends a text"
+    )
+    parser.add_argument("--ignore-end", action="store_true", help="continue after the end of a text")
     return parser
 
 

@@ -1,5 +1,6 @@
 """The arrays of `nnx` modules by name, and their safetensors files."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from outside_in.storage.strict_json import MAX_BYTES
 
 M = TypeVar("M", bound=nnx.Module)
 
+TOKENIZER_KEY = "tokenizer"  # of a weights file's metadata: which tokenizer the model was trained with, as JSON
+
 DTYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{kind}{bits}"
     for letter, kind in (("F", "float"), ("I", "int"), ("U", "uint"))
@@ -28,9 +31,16 @@ def load_model(path: Path, model: nnx.Module) -> None:
     nnx.update(model, fill_like(nnx.state(model), load_weights(path), path))
 
 
-def save_weights(path: Path, arrays: Mapping[str, np.ndarray], model_json: str, **metadata: str) -> None:
-    """Write a weights file, readable by all; the model's shape rides in its metadata."""
-    save_file(dict(arrays), path, metadata={"model.json": model_json, **metadata})
+def save_weights(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    model_json: str,
+    tokenizer: Mapping[str, str] | None = None,
+    **metadata: str,
+) -> None:
+    """Write a weights file, readable by all; the model's shape and its tokenizer's identity ride in its metadata."""
+    named = {TOKENIZER_KEY: json.dumps(tokenizer)} if tokenizer else {}
+    save_file(dict(arrays), path, metadata={"model.json": model_json, **named, **metadata})
     path.chmod(0o644)
 
 

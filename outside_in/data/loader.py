@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
-from outside_in.data.token_files import SLICE_TOKENS, count_tokens, entropy, map_tokens, read_tokens
+from outside_in.data.token_files import SLICE_TOKENS, count_tokens, map_tokens, read_tokens
 from outside_in.runtime.mesh import AXES
 
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
@@ -162,9 +162,11 @@ def fingerprint(tokens: Any) -> str:
     return f"{tokens.size} tokens, sha256 {digest.hexdigest()}"
 
 
-def unigram_entropy(tokens: Any) -> float:
-    """Return the entropy of the token frequencies, in nats.
+def unigram_loss(train: Any, judged: Any, vocab_size: int) -> float:
+    """Return the loss on tokens of a model that knows only how frequent each token is in training, in nats.
 
-    That is the loss of a model that knows nothing else. Counts the first 50 million tokens.
+    That is the cross-entropy of `judged` under the frequencies of `train`, each counted once more than it occurs, so
+    that none is 0. Counts the first 50 million tokens of each.
     """
-    return entropy(np.bincount(np.asarray(tokens[:ENTROPY_SAMPLE])))
+    known, found = (np.bincount(np.asarray(x[:ENTROPY_SAMPLE]), minlength=vocab_size) for x in (train, judged))
+    return float(found @ -np.log((known + 1) / (known.sum() + vocab_size)) / found.sum())

@@ -1,9 +1,12 @@
 """How many tokens and global steps a run has."""
 
+from typing import NamedTuple
+
 from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch
 from outside_in.data.prepare.description import recorded_leakage
-from outside_in.data.sources import dataset_folder
+from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens
+from outside_in.data.tokenizer import Tokenizer
 
 
 def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
@@ -17,12 +20,21 @@ def tokens_available(config: TrainConfig, *, fetch: bool = False) -> int | None:
     return max(0, count_tokens(path) - config.start_train_token)
 
 
-def leaked_share(config: TrainConfig) -> float | None:
-    """Return the share of validation that occurs in training.
+class KnownData(NamedTuple):
+    """What is known of a run's data before they are fetched."""
 
-    Returns None when the dataset's `data.json` has no such number.
-    """
-    return recorded_leakage(dataset_folder(config.dataset, fetch=False))
+    tokens: int | None = None  # for training, from `start_train_token` on
+    leaked_share: float | None = None  # of validation, that occurs in training
+    tokenizer: Tokenizer | None = None
+
+
+NOTHING_KNOWN = KnownData()
+
+
+def known_data(config: TrainConfig) -> KnownData:
+    """Return what is known of a run's data; nothing is fetched."""
+    share = recorded_leakage(dataset_folder(config.dataset, fetch=False))
+    return KnownData(tokens_available(config), share, dataset_tokenizer(config.dataset))
 
 
 def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1, *, fetch: bool = False) -> int | None:

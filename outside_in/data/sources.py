@@ -1,12 +1,11 @@
-"""Where token files come from: a folder, built-in data, or the Hub."""
+"""Where token files come from: a folder, built-in data, or the Hub; and of which tokenizer they are."""
 
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from outside_in.config import load_config
-from outside_in.data.builtin import BUILTIN
+from outside_in.data.builtin import Builtin, find_builtin
 from outside_in.data.hub import (
     HUB_FILE,
     HUB_ID,
@@ -17,9 +16,14 @@ from outside_in.data.hub import (
     download_dataset,
     missing,
 )
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from outside_in.data.tokenizer_files import from_identity, load
 from outside_in.storage.atomic import atomic_directory
+from outside_in.storage.strict_json import read_json
 
 DATA_FOLDER = Path(__file__).parents[2] / "data"
+DESCRIPTION = "data.json"  # what prepare_data.py writes beside token files
+MAX_DESCRIPTION_BYTES = 2**28  # there may be a hundred thousand sources
 
 
 def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
@@ -29,14 +33,11 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
     downloaded if they are missing.
     Raises ValueError when the dataset does not exist or cannot be fetched, or when a file is of the wrong kind.
     """
-    if dataset in BUILTIN:
-        make, version = BUILTIN[dataset]
-        folder = DATA_FOLDER / dataset / version
+    if builtin := find_builtin(dataset):
+        folder = DATA_FOLDER / dataset / builtin.version
         if fetch and not folder.exists():
-            _write_token_files(folder, make())
+            _write_token_files(folder, builtin)
         return folder
-    if dataset.startswith("builtin/"):
-        raise ValueError(f"dataset: no built-in data named {dataset!r}; use one of {', '.join(BUILTIN)}")
     folder = Path(dataset)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(dataset):
@@ -64,11 +65,36 @@ def dataset_revision(folder: Path) -> str | None:
     return metadata.read_text().split("\n")[0] if metadata.is_file() else None
 
 
-def _write_token_files(folder: Path, tokens: dict[str, np.ndarray]) -> None:
+def dataset_tokenizer(dataset: str) -> Tokenizer | None:
+    """Return the tokenizer of a dataset's tokens; None where nothing says which, or the data are not here yet.
+
+    Raises ValueError when the one that its `data.json` names is missing.
+    """
+    if (builtin := find_builtin(dataset)) and builtin.tokenizer in ("gpt2", "bytes"):
+        return load(builtin.tokenizer)
+    return folder_tokenizer(dataset_folder(dataset, fetch=False))
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that the tokens of a folder were made with, as `dataset_tokenizer` does."""
+    path = folder / DESCRIPTION
+    recorded = read_json(path, MAX_DESCRIPTION_BYTES) if path.is_file() else {}
+    if "tokenizer_sha256" in recorded:
+        keys = {"name": "tokenizer", "sha256": "tokenizer_sha256", "end_of_text": "end_of_text"}
+        return from_identity({name: recorded.get(key) for name, key in keys.items()}, folder, str(path))
+    if recorded.get("tokenizer") == "gpt2":  # as it stood there before there were others
+        return load("gpt2")
+    return load(folder) if (folder / TOKENIZER_FILE).is_file() else None
+
+
+def _write_token_files(folder: Path, builtin: Builtin) -> None:
+    splits, made = builtin.make()
     try:
         with atomic_directory(folder) as staging:
-            for split, ids in tokens.items():
+            for split, ids in splits.items():
                 save_file({"tokens": ids}, staging / f"{split}.safetensors")
+            if made.file:
+                (staging / TOKENIZER_FILE).write_bytes(made.file)
     except OSError:
         if not folder.exists():  # else another process has made the same one
             raise

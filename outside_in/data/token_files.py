@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from outside_in.data.tokenizer import END_OF_TEXT
 from outside_in.runtime.machine import memory_bytes
 from outside_in.storage.safetensors_file import open_tensors
 
@@ -155,24 +154,24 @@ def written_tokens(path: Path) -> np.ndarray:
     )
 
 
-def find_last_document(tokens: np.ndarray) -> int:
+def find_last_document(tokens: np.ndarray, end_of_text: int) -> int:
     """Return where the last document starts."""
     for stop in range(len(tokens) - 1, 0, -SLICE_TOKENS):
         start = max(0, stop - SLICE_TOKENS)
-        ends = np.flatnonzero(tokens[start:stop] == END_OF_TEXT)
+        ends = np.flatnonzero(tokens[start:stop] == end_of_text)
         if len(ends):
             return start + int(ends[-1]) + 1
     return 0
 
 
-def shuffle_documents(path: Path, shuffled: Path, seed: int) -> None:
+def shuffle_documents(path: Path, shuffled: Path, seed: int, end_of_text: int) -> None:
     """Write a token file's documents to another file, in a seeded order.
 
     Only the documents' positions are in memory.
     """
     tokens = written_tokens(path)
     starts = range(0, len(tokens), SLICE_TOKENS)
-    ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == END_OF_TEXT) + 1 for start in starts]
+    ends = [start + np.flatnonzero(tokens[start : start + SLICE_TOKENS] == end_of_text) + 1 for start in starts]
     borders = np.unique(np.concatenate([[0], *ends, [len(tokens)]]))  # the last may be unfinished
     shuffled.unlink(missing_ok=True)
     with closing(TokenWriter(shuffled)) as writer:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from model import parameter_shapes
 from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
-from outside_in.data.run_length import leaked_share, tokens_available
+from outside_in.data.run_length import NOTHING_KNOWN, KnownData, known_data
+from outside_in.data.tokenizer import assumed
 from outside_in.loss import chunk_size
 from outside_in.optimizer import MATRIX_NDIM
 from outside_in.reports.flops import FORMULA, flops_per_token
@@ -27,30 +28,25 @@ BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
 def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
     """Print what a run will be and need: `--check`."""
     print(initialize_devices())
-    available, leaked, mesh = tokens_available(config), leaked_share(config), make_mesh(config.mesh)
+    data, mesh = known_data(config), make_mesh(config.mesh)
     memory = estimate_memory(model_config, config, mesh)
-    print(*describe(run, model_config, config, available, leaked, mesh), memory, sep="\n")
+    print(*describe(run, model_config, config, data, mesh), memory, sep="\n")
 
 
 def describe(
     run: RunDirectory,
     model: ModelConfig,
     train: TrainConfig,
-    available_tokens: int | None,
-    leaked_share: float | None = None,
+    data: KnownData = NOTHING_KNOWN,
     mesh: Mesh | None = None,
 ) -> list[str]:
-    """Return the preflight, one line per subject.
-
-    `available_tokens` is None when the data are not there yet. `leaked_share`, of validation that occurs in training,
-    is None when `data.json` has no such number.
-    """
+    """Return the preflight, one line per subject."""
     mesh = mesh or one_device()
     devices = mesh.devices.size
     shapes = parameter_shapes(model)
     parameters = sum(map(math.prod, shapes.values()))
     tokens_per_step = tokens_per_global_step(model, train, devices)
-    steps = steps_per_epoch(model, train, available_tokens, devices)
+    steps = steps_per_epoch(model, train, data.tokens, devices)
     on_each = f" on each of {devices} devices" if devices > 1 else ""
     microbatches = counted(train.gradient_accumulation_steps, "microbatch", "microbatches")
     lines = [
@@ -75,11 +71,22 @@ def describe(
     lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")
     if train.initial_weights is not None:
         lines.append(f"origin  the weights in {train.initial_weights}")
-    if leaked_share is not None:
-        lines.append(f"data    {leaked_share:.1%} of validation occurs in the training tokens, according to data.json")
+    lines.append(f"tokens  {_tokenizer(model, data)}")
+    if data.leaked_share is not None:
+        lines.append(
+            f"data    {data.leaked_share:.1%} of validation occurs in the training tokens, according to data.json"
+        )
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
+
+
+def _tokenizer(model: ModelConfig, data: KnownData) -> str:
+    if data.tokenizer:
+        return f"of the tokenizer {data.tokenizer}"
+    if known := assumed(model.vocab_size):
+        return f"of the tokenizer {known}, which is assumed: the data name none"
+    return "of an unknown tokenizer, so there are no samples and no bits per byte; put its tokenizer.json into the data"
 
 
 def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> str:

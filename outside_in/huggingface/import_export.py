@@ -1,8 +1,6 @@
 """Imports a GPT-2 as a run, and exports a run for `transformers`."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEnt
 
 from model import count_parameters
 from outside_in.config import ModelConfig, parse_config
-from outside_in.data import tokenizer
 from outside_in.data.hub import HUB_ID, detect_wrong_content, error_message
-from outside_in.huggingface import gpt2_names
-from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.data.tokenizer import TOKENIZER_FILE
+from outside_in.huggingface import gpt2_names, tokenizer_formats
+from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.runtime import cli
 from outside_in.storage import manifest
 from outside_in.storage.atomic import atomic_directory
@@ -25,8 +23,8 @@ from outside_in.storage.text import counted
 from outside_in.weights import host_arrays, load_weights, read_metadata, save_weights
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
 MAX_INDEX_BYTES = 10_000_000
+OWN_DATA = "data/mine"  # the dataset of an imported run with another tokenizer than GPT-2's
 FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
     "dataset": "builtin/python-docs",
     "microbatch_size": 1,
@@ -43,28 +41,36 @@ def import_run(source: str, target: Path) -> int:
     `source` is a folder or a model of the Hub. Returns the exit code.
     """
     folder = find_folder(source)
-    config = gpt2_names.import_config(read_json(folder / CONFIG), str(folder / CONFIG))
-    if tokenizer.is_gpt2(config.vocab_size):
-        check_vocabulary(folder)
+    hf_config = read_json(folder / CONFIG)
+    config = gpt2_names.import_config(hf_config, str(folder / CONFIG))
+    tokenizer = tokenizer_formats.find(folder, hf_config.get("eos_token_id"), config.vocab_size)
     hf_arrays, metadata = open_weights(folder)
     arrays = gpt2_names.import_weights(hf_arrays, config, str(folder))
     if "model.json" in metadata:  # an export of this program
         original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
         arrays, config = gpt2_names.without_zero_biases(arrays, config, original)
+    is_gpt2 = tokenizer is not None and tokenizer.name == "gpt2"
     with atomic_directory(target) as staging:
         initial = RunDirectory(staging).initial_weights
         initial.parent.mkdir()
-        save_weights(initial, arrays, config.model_dump_json())
+        save_weights(initial, arrays, config.model_dump_json(), tokenizer.identity if tokenizer else None)
+        if tokenizer and tokenizer.file:
+            (initial.parent / TOKENIZER_FILE).write_bytes(tokenizer.file)
         manifest.write(initial.parent)
         named = str(initial.relative_to(staging))
         write_json(RunDirectory(staging).model_config, config.model_dump())
-        write_json(RunDirectory(staging).train_config, FINE_TUNING | {"initial_weights": named})
+        data = {} if is_gpt2 else {"dataset": OWN_DATA}
+        write_json(RunDirectory(staging).train_config, FINE_TUNING | data | {"initial_weights": named})
     parameters = sum(array.size for array in arrays.values())
     print(
         f"{target}: {parameters:,} parameters of {source}, {counted(config.n_layers, 'layer')}, width {config.emb_dim}"
     )
-    print(f"uv run test_generation.py {target}")
-    print(f"uv run evaluate.py {target}")
+    if tokenizer:
+        print(f"uv run test_generation.py {target}")
+    if is_gpt2:
+        print(f"uv run evaluate.py {target}")
+    elif tokenizer:
+        print(f"uv run prepare_data.py {OWN_DATA} --text input.txt --tokenizer {target / 'initial'}    # your text")
     print(f"uv run train.py {target}    # fine-tunes it on the dataset in {RunDirectory(target).train_config}")
     return cli.DONE
 
@@ -117,21 +123,6 @@ def shards(index: Path) -> set[str]:
     return set(files)
 
 
-def check_vocabulary(folder: Path) -> None:
-    """Raise ValueError if a model comes with another vocabulary than GPT-2's. Prints a notice if it comes with none."""
-    expected = json.loads(tokenizer.vocabulary_files()[0].read_text(encoding="utf-8"))
-    for name in (VOCABULARY, TOKENIZER):
-        if not (folder / name).exists():
-            continue
-        found = read_json(folder / name, MAX_INDEX_BYTES)
-        if name == TOKENIZER:
-            found = found["model"].get("vocab") if isinstance(found.get("model"), dict) else None
-        if found != expected:
-            raise ValueError(f"{folder / name}: not GPT-2's vocabulary, the only one that is supported")
-        return
-    print(f"notice: {folder} has no vocabulary file; GPT-2's is assumed", file=sys.stderr)
-
-
 def export_folder(source: Path, target: Path, which: str | None) -> int:
     """Write a folder that `transformers` loads.
 
@@ -139,21 +130,23 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
     """
     path = find_checkpoint(source, which)
     model = load_saved_model(path)
-    config, is_text = model.config, tokenizer.is_gpt2(model.config.vocab_size)
+    config, tokenizer = model.config, find_tokenizer(path)
     try:
-        described = gpt2_names.export_config(config, tokenizer.END_OF_TEXT if is_text else None)
+        described = gpt2_names.export_config(config, tokenizer.end_of_text if tokenizer else None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     arrays = gpt2_names.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
     with atomic_directory(target) as staging:
-        save_weights(staging / WEIGHTS, arrays, config.model_dump_json(), format="pt")
+        save_weights(
+            staging / WEIGHTS, arrays, config.model_dump_json(), tokenizer.identity if tokenizer else None, format="pt"
+        )
         write_json(staging / CONFIG, described)
-        if is_text:
-            write_tokenizer(staging, config.context_length)
+        if tokenizer:
+            tokenizer_formats.write(staging, tokenizer, config)
         parameters = count_parameters(config)
         (staging / "README.md").write_text(model_card(target, path, config, parameters), encoding="utf-8")
     print(f"{target}: {parameters:,} parameters of {path}")
-    if is_text:
+    if tokenizer:
         print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
     return cli.DONE
 
@@ -167,17 +160,6 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
         names = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))) or "none"
         raise ValueError(f"{source}: no checkpoint {which!r}; available: {names}")
     return folder / which / WEIGHTS
-
-
-def write_tokenizer(folder: Path, context_length: int) -> None:
-    """Write GPT-2's vocabulary, and the tokenizer's and generation's configs."""
-    for file, name in zip(tokenizer.vocabulary_files(), (VOCABULARY, "merges.txt")):
-        shutil.copyfile(file, folder / name)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
-    write_json(folder / "generation_config.json", ids)
-    texts = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": context_length}
-    write_json(folder / "tokenizer_config.json", options | texts)
 
 
 def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int) -> str:
@@ -240,8 +222,9 @@ def download_model(source: str) -> Path:
                 raise  # the Hub cannot be asked
             return None
 
-    if not get(VOCABULARY):
-        get(TOKENIZER)
+    if not get(TOKENIZER_FILE):
+        for name in tokenizer_formats.GPT2_FILES:
+            get(name)
     if not get(WEIGHTS) and (index := get(INDEX)):
         for name in shards(index):
             get(name)

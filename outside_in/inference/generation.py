@@ -26,7 +26,7 @@ NO_TOKEN = -1
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, N, S, H)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
+@partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k", "vocab_size"])
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -38,6 +38,7 @@ class Sampling:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    vocab_size: int | None = None  # ids from here on, which the tokenizer lacks, are never chosen
 
 
 def generate(
@@ -96,12 +97,19 @@ def stream(
         yield new
 
 
-def likeliest_outputs(model: GPTModel, token_ids: list[int]) -> list[int]:
-    """Return the likeliest output at every position. Text longer than the context is read in pieces."""
+def likeliest_outputs(model: GPTModel, token_ids: list[int], vocab_size: int | None = None) -> list[int]:
+    """Return the likeliest output, below `vocab_size`, at every position.
+
+    Text longer than the context is read in pieces.
+    """
     length = model.config.context_length
     logits = nnx.jit(lambda model, tokens: model(tokens))
     pieces = [token_ids[start : start + length] for start in range(0, len(token_ids), length)]
-    return [int(i) for piece in pieces for i in np.asarray(logits(model, np.array([piece])))[0].argmax(axis=-1)]
+    return [
+        int(i)
+        for piece in pieces
+        for i in np.asarray(logits(model, np.array([piece])))[0, :, :vocab_size].argmax(axis=-1)
+    ]
 
 
 def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -178,6 +186,8 @@ def decode(
     def add(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         cache, last_B, ended_B, tokens_BC = carry
         logits_BV, cache = next_logits(nnx.merge(graph, params), cache, last_B, ends.position + i)
+        if sampling.vocab_size is not None:
+            logits_BV = logits_BV[:, : sampling.vocab_size]
         if sampling.temperature is None:
             chosen_B = logits_BV.argmax(axis=-1)
         else:

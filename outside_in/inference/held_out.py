@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from model import GPTModel, count_parameters
 from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config
-from outside_in.data import tokenizer
 from outside_in.data.loader import load_tokens
-from outside_in.data.sources import dataset_folder
+from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens
+from outside_in.data.tokenizer import Tokenizer, check_same
 from outside_in.inference.evaluation import num_windows, standard_error, windowed_losses
 from outside_in.inference.hellaswag import Question, answer, count_longer, read_questions
-from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model, need_tokenizer
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
 from outside_in.storage.run_directory import RunDirectory
@@ -47,10 +47,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[dict
         if tokens is not None:
             losses = losses_of(model, tokens, args)
             check_finite(path, losses)
-            rows[-1] |= summary(losses, first, count_bytes(model, tokens))
+            rows[-1] |= summary(losses, first, count_bytes(find_tokenizer(file), tokens))
             first = losses if first is None else first
         if questions:
-            rows[-1] |= hellaswag(path, model, questions)
+            rows[-1] |= hellaswag(path, model, questions, need_tokenizer(file))
     return subject, rows
 
 
@@ -59,6 +59,9 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
     vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
     dataset = args.dataset or dataset_of(args.models[0])
     path = dataset_folder(dataset) / f"{args.split}.safetensors"
+    of_data = dataset_tokenizer(dataset)
+    for model, file in zip(args.models, files, strict=True):
+        check_same(find_tokenizer(file), of_data, str(model), dataset)
     wanted = count_tokens(path) - args.start_token if args.tokens is None else args.tokens + 1
     if wanted < 2:
         raise ValueError(f"{path}: expected tokens after --start-token {args.start_token:,}, found none")
@@ -95,9 +98,10 @@ def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> 
     return np.concatenate(parts)
 
 
-def count_bytes(model: GPTModel, tokens: np.ndarray) -> int:
-    """Count the bytes of the text to predict. Returns 0 when the model's vocabulary is not GPT-2's."""
-    return tokenizer.count_bytes(tokens[1:]) if tokenizer.is_gpt2(model.config.vocab_size) else 0
+def count_bytes(tokenizer: Tokenizer | None, tokens: np.ndarray) -> int:
+    """Count the bytes of the text to predict. Returns 0 when they are not known to be those of a tokenizer."""
+    known = tokenizer is not None and tokens.max() < tokenizer.vocab_size
+    return tokenizer.count_bytes(tokens[1:]) if tokenizer and known else 0
 
 
 def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dict[str, float | None]:
@@ -124,17 +128,15 @@ def check_finite(path: Path, losses: np.ndarray) -> None:
         raise RuntimeError(f"{path}: {bad:,} of {losses.size:,} losses are not finite, so it cannot be evaluated")
 
 
-def hellaswag(path: Path, model: GPTModel, questions: list[Question]) -> dict[str, float | int | None]:
+def hellaswag(
+    path: Path, model: GPTModel, questions: list[Question], tokenizer: Tokenizer
+) -> dict[str, float | int | None]:
     """Return the share of questions that a model answers correctly."""
-    if not tokenizer.is_gpt2(model.config.vocab_size):
-        raise ValueError(
-            f"--hellaswag: {path}: expected GPT-2's vocabulary, got one of {model.config.vocab_size:,} ids"
-        )
-    if longer := count_longer(questions, model.config.context_length):
+    if longer := count_longer(questions, model.config.context_length, tokenizer):
         print(f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated")
     right = np.zeros(2, int)
     with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
-        for i, per_token, whole in answer(model, questions):
+        for i, per_token, whole in answer(model, questions, tokenizer):
             check_finite(path, whole)
             right += np.array([per_token.argmin(), whole.argmin()]) == questions[i].label
             bar.update()

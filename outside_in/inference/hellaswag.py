@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from model import GPTModel
-from outside_in.data import tokenizer
+from outside_in.data.tokenizer import Tokenizer
 from outside_in.inference.evaluation import completion_losses
 
 HUB_DATASET, SPLIT = "Rowan/hellaswag", "validation"
@@ -47,16 +47,19 @@ def read_questions(source: str) -> list[Question]:
     return questions
 
 
-def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def answer(
+    model: GPTModel, questions: list[Question], tokenizer: Tokenizer
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each question's index, and the loss of each of its endings.
 
     The losses are per token and whole, each (endings,). Questions come with the shortest first, so that the texts of a
     batch have similar lengths.
     """
-    ids = [
-        [(tokenizer.encode(question.context), tokenizer.encode(" " + ending)) for ending in question.endings]
-        for question in questions
-    ]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text).tolist()
+
+    ids = [[(encode(question.context), encode(" " + ending)) for ending in question.endings] for question in questions]
     order = sorted(range(len(questions)), key=lambda i: max(len(c) + len(e) for c, e in ids[i]))
     losses = completion_losses(model, (text for i in order for text in ids[i]))
     for i in order:
@@ -64,7 +67,7 @@ def answer(model: GPTModel, questions: list[Question]) -> Iterator[tuple[int, np
         yield i, np.array([x.mean() for x in of_endings]), np.array([x.sum() for x in of_endings])
 
 
-def count_longer(questions: list[Question], context_length: int) -> int:
+def count_longer(questions: list[Question], context_length: int, tokenizer: Tokenizer) -> int:
     """Count the questions that are longer than the context with some ending."""
     return sum(
         max(len(tokenizer.encode(f"{question.context} {ending}")) for ending in question.endings) > context_length + 1

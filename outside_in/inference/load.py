@@ -5,10 +5,13 @@ from pathlib import Path
 from checkpointing import MODEL_FILE
 from model import GPTModel, abstract_model
 from outside_in.config import ModelConfig, parse_config
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed
+from outside_in.data.tokenizer_files import from_identity, load
 from outside_in.runtime.machine import memory_bytes
 from outside_in.storage import manifest
 from outside_in.storage.run_directory import RunDirectory
-from outside_in.weights import load_model, load_weights, read_model_json
+from outside_in.storage.strict_json import parse_object
+from outside_in.weights import TOKENIZER_KEY, load_model, load_weights, read_metadata, read_model_json
 
 MAX_SHARED_LAYERS = 100  # more, whose blocks have no arrays of their own, would take minutes to build
 
@@ -33,6 +36,32 @@ def load_saved_model(path: Path) -> GPTModel:
     load_model(path, model)
     manifest.check_alone(path)
     return model
+
+
+def find_tokenizer(path: Path) -> Tokenizer | None:
+    """Return the tokenizer that the model of a weights file was trained with.
+
+    The file's metadata name it; a tokenizer.json lies beside the file. Where they do not, a vocabulary of GPT-2's size
+    is taken for GPT-2's, and None is returned for others. Raises ValueError when the tokenizer.json is missing or
+    another one.
+    """
+    metadata = read_metadata(path)
+    if TOKENIZER_KEY in metadata:
+        source = f"{path}: tokenizer in its metadata"
+        return from_identity(parse_object(metadata[TOKENIZER_KEY], source), path.parent, str(path))
+    if (path.parent / TOKENIZER_FILE).is_file():
+        return load(path.parent)
+    return assumed(parse_config(read_model_json(path), ModelConfig, str(path)).vocab_size)
+
+
+def need_tokenizer(path: Path) -> Tokenizer:
+    """Return what `find_tokenizer` does. Raises ValueError when it is unknown."""
+    if found := find_tokenizer(path):
+        return found
+    raise ValueError(
+        f"{path}: nothing says with which tokenizer it was trained, and its vocabulary is not GPT-2's; put its "
+        f"{TOKENIZER_FILE} beside it"
+    )
 
 
 def find_weights(path: Path) -> Path:

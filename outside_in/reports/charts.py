@@ -4,10 +4,11 @@ Matplotlib takes a second to import, so that waits for the first chart.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outside_in.storage import atomic
 from outside_in.storage.metrics import Record
@@ -36,13 +37,19 @@ class Curve(NamedTuple):
 
 
 def draw_loss(
-    path: Path, records: list[Record], *, interval: int, title: str, reference_losses: dict[str, float] | None = None
+    path: Path,
+    records: list[Record],
+    *,
+    interval: int,
+    title: str,
+    reference_losses: dict[str, float] | None = None,
+    bytes_per_token: float | None = None,
 ) -> None:
     """Draw the training loss and the validation loss.
 
     The training loss is a mean and a min-max band per checkpoint period. `interval` is the period's length in global
     steps; while the run is younger than ten periods, shorter ones are drawn. `reference_losses` are named losses in
-    nats, drawn as horizontal lines.
+    nats, drawn as horizontal lines. With `bytes_per_token`, a second axis shows bits per byte.
     """
     finite = [record for record in records if record["loss"] is not None]
     if not finite:
@@ -68,6 +75,11 @@ def draw_loss(
         if min(lows) > 0 and max(highs) / min(lows) > LOG_SCALE_FROM:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+        if bytes_per_token:
+            nats = bytes_per_token * math.log(2)  # per token, in one bit per byte
+            functions: Any = (lambda loss: loss / nats, lambda bits: bits * nats)
+            second = axes.secondary_yaxis("right", functions=functions)
+            second.set_ylabel(f"bits per byte ({bytes_per_token:.2f} bytes a token)")
 
 
 def draw_learning_rate(path: Path, records: list[Record], *, title: str) -> None:

@@ -1,6 +1,7 @@
-"""`samples.txt`: one line per checkpoint, its global step and a completion."""
+"""`samples.txt`: a line for each completion, after the global step of its checkpoint."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from outside_in.storage import atomic
@@ -8,9 +9,9 @@ from outside_in.storage import atomic
 LINE = re.compile(r"step (\d+) \| .*")
 
 
-def append(path: Path, global_step: int, text: str) -> None:
-    """Append a completion as one line, its line breaks escaped. After an OSError the file is as it was."""
-    atomic.append_text(path, f"step {global_step} | {_one_line(text)}\n")
+def append(path: Path, global_step: int, texts: Iterable[str]) -> None:
+    """Append completions, each as one line. After an OSError the file is as it was."""
+    atomic.append_text(path, "".join(f"step {global_step} | {one_line(text)}\n" for text in texts))
 
 
 def cut_after(path: Path, global_step: int) -> None:
@@ -25,5 +26,7 @@ def cut_after(path: Path, global_step: int) -> None:
     atomic.write_text(path, "".join(kept))
 
 
-def _one_line(text: str) -> str:
-    return "\\n".join(text.splitlines())
+def one_line(text: str) -> str:
+    """Return a text as one line: its line breaks and other control characters escaped."""
+    joined = "\\n".join(text.splitlines())
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in joined)

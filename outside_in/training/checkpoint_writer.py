@@ -7,17 +7,18 @@ the failure stays.
 
 import contextlib
 import errno
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Self
 
 import checkpointing
-from outside_in.data import tokenizer
 from outside_in.data.loader import TokenStream
 from outside_in.inference.evaluation import compile_for, mean_loss
-from outside_in.inference.generation import generate
+from outside_in.inference.generation import Sampling, generate
 from outside_in.reports import charts
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
@@ -26,7 +27,8 @@ from outside_in.train_step import Compiled
 from outside_in.training.state import TrainState
 from outside_in.weights import on_one_device
 
-SAMPLE_TOKENS = 20
+SAMPLES, SAMPLE_BYTES, MAX_SAMPLE_TOKENS = 3, 120, 120  # of text, about
+SAMPLING, SAMPLE_SEED = Sampling(temperature=0.7), 0
 PERMANENT_ERRNOS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}  # trying again will not help
 MAX_FAILURES = 3  # in a row, before training stops
 RETRY_SECONDS = 1.0  # seconds between attempts to save the last step, which has no next interval
@@ -113,11 +115,12 @@ class CheckpointWriter:
         if self._stop() or (state.val_stream and not self._validate(state.val_stream)):
             return False
         with state.time_budget.during("samples"):
-            text = sample(state)
+            texts = sample(state)
         with processes.propagate_errors():
-            if text:  # in the main process alone
-                samples.append(state.run.samples, state.global_step, text)
-                log.info(f"sample: {text}")
+            if texts:  # in the main process alone
+                samples.append(state.run.samples, state.global_step, texts)
+            for text in texts:
+                log.info(f"sample: {samples.one_line(text)}")
         self._validated_step = state.global_step
         return True
 
@@ -141,15 +144,15 @@ class CheckpointWriter:
         """Copy what a checkpoint needs; return the function that writes it."""
         state, run = self._state, self._state.run
         copy = checkpointing.snapshot(run.checkpoints, state.model, state.optimizer, state.global_step)
-        model_json, records = state.model_config.model_dump_json(), list(state.records)
+        model_json, files, records = state.model_config.model_dump_json(), state.files, list(state.records)
 
         def write() -> None:
             if not processes.is_main_process():
                 return
             started = time.monotonic()
-            checkpoint = checkpointing.save(run.checkpoints, copy, meta, model_json)
+            checkpoint = checkpointing.save(run.checkpoints, copy, meta, model_json, files)
             try:
-                log_checkpoint(meta, checkpoint, time.monotonic() - started)
+                log_checkpoint(meta, state.bytes_per_token, checkpoint, time.monotonic() - started)
                 checkpointing.repair_links_and_prune(run.checkpoints, state.config.keep_checkpoints if prune else None)
                 draw_charts(state, records)
             except Exception as error:  # none of this is worth the training
@@ -220,19 +223,25 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
     return meta
 
 
-def sample(state: TrainState) -> str | None:
-    """Complete the sample prompt greedily.
+def sample(state: TrainState) -> list[str]:
+    """Complete the sample prompt a few times, always with the same seed.
 
-    Returns None when the model's vocabulary is not GPT-2's, and in all but the main process.
+    Returns none when the tokenizer is unknown, and in all but the main process.
     """
-    if not tokenizer.is_gpt2(state.model_config.vocab_size):
-        return None
-    prompt = state.config.sample_prompt
+    tokenizer = state.tokenizer
+    if tokenizer is None:
+        return []
     model = state.model if state.mesh.devices.size == 1 else on_one_device(state.model)
     if model is None:
-        return None
-    [completion] = generate(model, tokenizer.encode(prompt), SAMPLE_TOKENS)
-    return prompt + tokenizer.decode(completion.tolist())
+        return []
+    prompt = state.config.sample_prompt
+    num_tokens = min(MAX_SAMPLE_TOKENS, round(SAMPLE_BYTES / (state.bytes_per_token or 1)))
+    end = tokenizer.end_of_text
+    sampling = replace(SAMPLING, vocab_size=tokenizer.vocab_size)
+    completions = generate(
+        model, tokenizer.encode(prompt).tolist(), num_tokens, SAMPLES, sampling=sampling, seed=SAMPLE_SEED, stop_id=end
+    )
+    return [prompt + "".join(tokenizer.decode_stream([ids], end)) for ids in completions.tolist()]
 
 
 def draw_charts(state: TrainState, records: list[metrics.Record]) -> None:
@@ -243,12 +252,17 @@ def draw_charts(state: TrainState, records: list[metrics.Record]) -> None:
         interval=config.checkpoint_interval,
         title=title,
         reference_losses=state.reference_losses,
+        bytes_per_token=state.bytes_per_token,
     )
     charts.draw_learning_rate(run.learning_rate_chart, records, title=title)
     charts.draw_gradient_norm(run.gradient_norm_chart, records, clipping_max_norm=config.clipping_max_norm, title=title)
 
 
-def log_checkpoint(meta: dict[str, Any], checkpoint: checkpointing.Checkpoint, seconds: float) -> None:
+def log_checkpoint(
+    meta: dict[str, Any], bytes_per_token: float | None, checkpoint: checkpointing.Checkpoint, seconds: float
+) -> None:
     losses = ", ".join(f"{name} {meta[key]:.4f}" for name, key in SHOWN_LOSSES.items() if meta[key] is not None)
+    if meta["val_loss"] is not None and bytes_per_token:
+        losses += f" ({meta['val_loss'] / math.log(2) / bytes_per_token:.3f} bits per byte)"
     best = ", the best so far" if meta["is_best"] else ""
     log.info(f"step {meta['global_step']:,}: {losses}{best}; written in {seconds:.1f} s: {checkpoint.path}")

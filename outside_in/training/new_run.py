@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
-from outside_in.data.prepare.description import DESCRIPTION, MAX_BYTES
-from outside_in.data.sources import BUILTIN, dataset_folder
+from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens
-from outside_in.data.tokenizer import VOCAB_SIZE
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.run_directory import RunDirectory
-from outside_in.storage.strict_json import parse_object, read_json, read_text
+from outside_in.storage.strict_json import parse_object, read_text
 
 Keys = dict[str, Any]
 OF_OLD_DATA = ("start_train_token", "start_val_token")
@@ -76,8 +74,8 @@ def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
     """Adapt the vocabulary and the length to another dataset; return the keys that have changed."""
     folder = dataset_folder(str(train["dataset"]), fetch=False)
     adapted = []
-    if "model.vocab_size" not in changed and has_gpt2_tokens(train["dataset"], folder):
-        model["vocab_size"] = VOCAB_SIZE
+    if "model.vocab_size" not in changed and (tokenizer := dataset_tokenizer(str(train["dataset"]))):
+        model["vocab_size"] = tokenizer.vocab_size
         adapted.append("model.vocab_size")
     for key in set(OF_OLD_DATA).difference(changed):
         train.pop(key, None)
@@ -93,14 +91,6 @@ def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
             train["val_tokens"] = 0
             adapted.append("val_tokens")
     return adapted
-
-
-def has_gpt2_tokens(dataset: str, folder: Path) -> bool:
-    """Return whether data are known to be tokens of GPT-2's tokenizer."""
-    description = folder / DESCRIPTION
-    return dataset in BUILTIN or (
-        description.is_file() and read_json(description, MAX_BYTES).get("tokenizer") == "gpt2"
-    )
 
 
 def adapt_length(model: Keys, train: Keys, available: int) -> list[str]:

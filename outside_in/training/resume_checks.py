@@ -9,17 +9,21 @@ from typing import Any
 import jax
 
 from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
+from outside_in.data.tokenizer import Tokenizer
 from outside_in.runtime.log import log
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
 
-def snapshot(model: ModelConfig, train: TrainConfig, data: dict[str, str | None]) -> dict[str, Any]:
-    """Return configs, versions and fingerprints of the data, for a checkpoint's meta."""
+def snapshot(
+    model: ModelConfig, train: TrainConfig, data: dict[str, str | None], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Return configs, versions, tokenizer and fingerprints of the data, for a checkpoint's meta."""
     return {
         "model_config": model.model_dump(),
         "train_config": train.model_dump(),
         "data": data,
+        "tokenizer": tokenizer and tokenizer.identity,
         "versions": versions(),
     }
 
@@ -69,6 +73,16 @@ def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bo
             raise ValueError(
                 f"the {split} tokens differ from the checkpoint's: {old} → {new}{origin}; restore them or {remedy}"
             )
+
+
+def check_tokenizer(saved: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise ValueError when the data's tokenizer is not that of a snapshot. An unknown one may be the same."""
+    old, present = saved.get("tokenizer"), new["tokenizer"]
+    if old and present and old != present:
+        raise ValueError(
+            f"the tokenizer of the data differs from the checkpoint's: {json.dumps(old)} → {json.dumps(present)}; "
+            "restore it, or start a new run"
+        )
 
 
 def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:

@@ -8,7 +8,7 @@ import jax
 import checkpointing
 from checkpointing import Checkpoint
 from outside_in.config import ModelConfig, TrainConfig
-from outside_in.data.run_length import leaked_share, tokens_available, whole_steps
+from outside_in.data.run_length import known_data, whole_steps
 from outside_in.diagnostics import preflight
 from outside_in.layers.kernels import describe_attention
 from outside_in.reports.flops import describe_peak
@@ -91,9 +91,7 @@ def find_start(run: RunDirectory, which: str | None) -> Checkpoint | None:
 def announce(plan: Plan) -> None:
     """Log what the run will be, need and use."""
     config, kind = plan.config, device_kind()
-    for line in preflight.describe(
-        plan.run, plan.model_config, config, tokens_available(config), leaked_share(config), plan.mesh
-    ):
+    for line in preflight.describe(plan.run, plan.model_config, config, known_data(config), plan.mesh):
         log.info(line)
     if kind == "cpu":  # has neither a known peak nor cuDNN
         return

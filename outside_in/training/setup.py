@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 import checkpointing
 from checkpointing import Checkpoint
 from model import create_model
 from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config, with_sequences_per_step
-from outside_in.data.loader import fingerprint, open_streams, unigram_entropy
+from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
 from outside_in.data.run_length import total_steps, whole_steps
-from outside_in.data.sources import dataset_folder, dataset_revision
+from outside_in.data.sources import dataset_folder, dataset_revision, dataset_tokenizer
+from outside_in.data.tokenizer import Tokenizer, assumed, check_same
+from outside_in.inference.load import find_tokenizer
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import processes
 from outside_in.runtime.cli import DONE
@@ -91,6 +94,7 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
     config, mesh = plan.config, plan.mesh
     with processes.propagate_errors():
         folder = dataset_folder(config.dataset)
+        tokenizer = find_data_tokenizer(plan.model_config, config)
         local_sequences = local_sequence_slice(mesh, config.microbatch_size)
         steps = plan.total_steps // config.epochs
         train_stream, val_stream = open_streams(
@@ -118,18 +122,43 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         optimizer=optimizer,
         train_stream=train_stream,
         val_stream=val_stream,
-        snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints),
-        reference_losses=reference_losses(plan.model_config, train_stream.tokens),
+        snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints, tokenizer),
+        tokenizer=tokenizer,
+        bytes_per_token=bytes_per_token(tokenizer, val_stream or train_stream),
+        reference_losses=reference_losses(plan.model_config, train_stream, val_stream),
         time_budget=time_budget,
         metrics=MetricsLog(plan.run.metrics, enabled=processes.is_main_process()),
     )
 
 
-def reference_losses(model_config: ModelConfig, tokens: Any) -> dict[str, float]:
+def find_data_tokenizer(model: ModelConfig, config: TrainConfig) -> Tokenizer | None:
+    """Return the tokenizer of the data, perhaps assumed from the vocabulary's size.
+
+    Raises ValueError when the model's vocabulary is smaller.
+    """
+    known = dataset_tokenizer(config.dataset)
+    if known and known.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.json: vocab_size={model.vocab_size}, but {config.dataset} has tokens of {known}; "
+            f"use vocab_size {known.vocab_size} or more"
+        )
+    return known or assumed(model.vocab_size)
+
+
+def bytes_per_token(tokenizer: Tokenizer | None, stream: TokenStream) -> float | None:
+    """Return the mean number of bytes that a token to predict stands for."""
+    targets = np.asarray(stream.tokens[1:ENTROPY_SAMPLE])
+    if tokenizer is None or targets.max() >= tokenizer.vocab_size:
+        return None
+    return tokenizer.count_bytes(targets) / targets.size or None
+
+
+def reference_losses(model_config: ModelConfig, train: TokenStream, validation: TokenStream | None) -> dict[str, float]:
     """Return losses in nats to compare a run's with, by name."""
-    uniform, unigram = math.log(model_config.vocab_size), unigram_entropy(tokens)
+    uniform = math.log(model_config.vocab_size)
+    unigram = unigram_loss(train.tokens, (validation or train).tokens, model_config.vocab_size)
     losses = {f"uniform guess, ln({model_config.vocab_size:,})": uniform}
-    return losses | ({"unigram entropy of the data": unigram} if unigram < uniform - 0.05 else {})
+    return losses | ({"token frequencies of training": unigram} if unigram < uniform - 0.05 else {})
 
 
 def start(state: TrainState) -> None:
@@ -150,6 +179,7 @@ def load_initial_weights(state: TrainState) -> None:
     expected = state.model_config.model_dump()
     if differing := [f"{key} {found[key]}, not {value}" for key, value in expected.items() if found[key] != value]:
         raise ValueError(f"initial_weights: {path} holds another model than model.json: {', '.join(differing)}")
+    check_same(find_tokenizer(path), state.tokenizer, f"initial_weights: {path}", state.config.dataset)
     manifest.check_alone(path)
     load_model(path, state.model)
     log.info(f"starting from the weights in {path}")
@@ -161,6 +191,7 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     `accept` allows other validation tokens. `commit_again` makes it the newest, so that the next start resumes from it
     too.
     """
+    resume_checks.check_tokenizer(checkpoint.meta, state.snapshot)
     resume_checks.check_data(checkpoint.meta, state.snapshot["data"], accept=accept)
     with processes.propagate_errors():
         checkpointing.load(checkpoint, state.model, state.optimizer)
@@ -170,7 +201,7 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     if commit_again:
         meta, model_json = checkpoint.meta | state.snapshot, state.model_config.model_dump_json()
         copy = checkpointing.snapshot(state.run.checkpoints, state.model, state.optimizer, state.global_step)
-        processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json)
+        processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json, state.files)
     with processes.propagate_errors():
         forget_after(state, state.global_step)
     steps = [record["global_step"] for record in state.records]

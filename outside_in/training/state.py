@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from model import GPTModel
 from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
 from outside_in.data.loader import TokenStream
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
 from outside_in.runtime.timing import TimeBudget
@@ -35,6 +36,8 @@ class TrainState:
     train_stream: TokenStream
     val_stream: TokenStream | None
     snapshot: dict[str, Any]  # what a checkpoint remembers of configs, data and versions
+    tokenizer: Tokenizer | None  # None: unknown
+    bytes_per_token: float | None  # of the validation tokens, else of the training tokens; None: unknown
     reference_losses: dict[str, float]  # in nats
     time_budget: TimeBudget  # of this process
     metrics: MetricsLog
@@ -51,6 +54,11 @@ class TrainState:
     @property
     def records(self) -> list[Record]:
         return self.metrics.records
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Return what else a checkpoint holds, so that it completes text anywhere: the tokenizer's file."""
+        return {TOKENIZER_FILE: self.tokenizer.file} if self.tokenizer and self.tokenizer.file else {}
 
     @property
     def tokens_per_step(self) -> int:

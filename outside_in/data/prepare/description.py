@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from outside_in.data import tokenizer
 from outside_in.data.prepare import leakage
 from outside_in.data.prepare.leakage import Progress, find_leakage, show_nothing
+from outside_in.data.sources import DESCRIPTION, folder_tokenizer
+from outside_in.data.sources import MAX_DESCRIPTION_BYTES as MAX_BYTES
 from outside_in.data.token_files import entropy, token_slices
+from outside_in.data.tokenizer import Tokenizer, gpt2
 from outside_in.storage.strict_json import read_json
 from outside_in.storage.text import counted
 
-DESCRIPTION = "data.json"
-MAX_BYTES = 2**28  # of data.json: there may be a hundred thousand sources
 SPLITS = ("train", "validation")
 SAMPLE_TOKENS = 60
 SOURCE_FACTS = {
@@ -42,11 +42,12 @@ def describe(folder: Path, *, progress: Progress = show_nothing) -> tuple[dict[s
     Raises ValueError when a token file (see `describe_split`) or `data.json` is malformed.
     """
     recorded = _read_recorded(folder / DESCRIPTION) if (folder / DESCRIPTION).exists() else {}
+    made_with = folder_tokenizer(folder) or gpt2()
     train, validation = paths = [folder / f"{split}.safetensors" for split in SPLITS]
-    splits = {path.stem: describe_split(path) for path in paths if path == train or path.exists()}
+    splits = {path.stem: describe_split(path, made_with) for path in paths if path == train or path.exists()}
     leaked = find_leakage(train, validation, progress=progress) if "validation" in splits else None
     facts = {"splits": splits, "leakage": leaked}
-    return facts, [*lines(recorded | facts), *_differences(recorded, facts), f"sample {_sample(train)!r}"]
+    return facts, [*lines(recorded | facts), *_differences(recorded, facts), f"sample {_sample(train, made_with)!r}"]
 
 
 def lines(description: dict[str, Any]) -> list[str]:
@@ -61,34 +62,37 @@ def lines(description: dict[str, Any]) -> list[str]:
     return [
         *facts,
         *(f"source {_printable(source['name'])}: {_source_facts(source)}" for source in description["sources"]),
-        f"tokenizer {_printable(description['tokenizer'])}, seed {_printable(description['seed'])}",
+        f"tokenizer {_printable(description['tokenizer'])}{_sha256(description)}, "
+        f"seed {_printable(description['seed'])}",
         f"options {', '.join(_option_texts(description['options'])) or 'none'}",
         "duplicates: not checked" if dropped is None else f"duplicates dropped: {dropped:,}",
     ]
 
 
-def describe_split(path: Path) -> dict[str, Any]:
+def describe_split(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Count the tokens and documents of a token file.
 
-    Returns `tokens`; `documents`, each ended by `<|endoftext|>` or by the end of the file; `longest_document` in
-    tokens, without its `<|endoftext|>`; and `unigram_entropy` in nats, the loss of a model that knows only how often
-    each token occurs.
-    Raises ValueError when there is no one-dimensional integer tensor `tokens`, or an id that GPT-2 does not have.
+    Returns `tokens`; `documents`, each ended by the end of a text or of the file; `longest_document` in
+    tokens, without its end; `bytes` of text; and `unigram_entropy` in nats, the loss of a model that knows only how
+    often each token occurs.
+    Raises ValueError when there is no one-dimensional integer tensor `tokens`, or an id that the tokenizer lacks.
     """
-    tokens = longest = 0
-    last_end = -1  # index of the last <|endoftext|>
-    counts = np.zeros(tokenizer.VOCAB_SIZE, np.int64)
-    for start, ids in token_slices(path, tokenizer.VOCAB_SIZE, leakage.SLICE_TOKENS):
+    tokens = longest = num_bytes = 0
+    last_end = -1  # index of the last end of a text
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for start, ids in token_slices(path, tokenizer.vocab_size, leakage.SLICE_TOKENS):
         counts += np.bincount(ids, minlength=counts.size)
         tokens += ids.size
-        ends = np.concatenate([[last_end], start + np.flatnonzero(ids == tokenizer.END_OF_TEXT)])
+        num_bytes += tokenizer.count_bytes(ids)
+        ends = np.concatenate([[last_end], start + np.flatnonzero(ids == tokenizer.end_of_text)])
         longest = max(longest, int(np.diff(ends).max(initial=1)) - 1)
         last_end = int(ends[-1])
     unfinished = tokens - 1 - last_end  # tokens of a last document without an end
     return {
         "tokens": tokens,
-        "documents": int(counts[tokenizer.END_OF_TEXT]) + (unfinished > 0),
+        "documents": int(counts[tokenizer.end_of_text]) + (unfinished > 0),
         "longest_document": max(longest, unfinished),
+        "bytes": num_bytes,
         "unigram_entropy": entropy(counts),
     }
 
@@ -105,15 +109,20 @@ def recorded_leakage(folder: Path) -> float | None:
     return float(share) if isinstance(share, int | float) and 0 <= share <= 1 else None
 
 
-def _sample(path: Path) -> str:
+def _sample(path: Path, tokenizer: Tokenizer) -> str:
     """Decode the start of the first document that is not empty."""
-    _, ids = next(token_slices(path, tokenizer.VOCAB_SIZE, leakage.SLICE_TOKENS), (0, np.array([], np.uint16)))
-    started = itertools.dropwhile(lambda token: token == tokenizer.END_OF_TEXT, ids.tolist())
-    document = itertools.takewhile(lambda token: token != tokenizer.END_OF_TEXT, started)
+    _, ids = next(token_slices(path, tokenizer.vocab_size, leakage.SLICE_TOKENS), (0, np.array([], np.uint16)))
+    started = itertools.dropwhile(lambda token: token == tokenizer.end_of_text, ids.tolist())
+    document = itertools.takewhile(lambda token: token != tokenizer.end_of_text, started)
     return tokenizer.decode(list(itertools.islice(document, SAMPLE_TOKENS)))
 
 
 # What data.json says
+
+
+def _sha256(description: dict[str, Any]) -> str:
+    digest = description.get("tokenizer_sha256")
+    return f" (sha256 {_printable(digest)[:64]})" if digest else ""
 
 
 def _read_recorded(path: Path) -> dict[str, Any]:
@@ -172,8 +181,13 @@ def _split_line(split: str, counts: dict[str, Any]) -> str:
     return (
         f"{split}: {counts['tokens']:,} tokens in {counted(counts['documents'], 'document')}, "
         f"mean length {counts['tokens'] / max(1, counts['documents']):,.1f}, longest {counts['longest_document']:,}, "
+        f"{_bytes_per_token(counts)}"
         f"unigram entropy {counts['unigram_entropy']:.3f} nats"
     )
+
+
+def _bytes_per_token(counts: dict[str, Any]) -> str:
+    return f"{counts['bytes'] / max(1, counts['tokens']):.2f} bytes a token, " if "bytes" in counts else ""
 
 
 def _leakage_line(leaked: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import TextIO
 
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
 from outside_in.data.prepare.encode import Source
+from outside_in.data.tokenizer import TOKENIZER_FILE
 
 PROGRESS_FILE, LOCK = "progress.json", "lock"
 BYTES_PER_TOKEN = 4.5  # of English
@@ -22,7 +23,7 @@ def check_place(out: Path, overwrite: bool) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise ValueError(f"{out}: expected a new name or a folder, got a file or a link; use another name")
-    known = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, PROGRESS_FILE, LOCK}
+    known = {f"{split}.safetensors" for split in SPLITS} | {DESCRIPTION, TOKENIZER_FILE, PROGRESS_FILE, LOCK}
     if others := sorted({path.name for path in out.iterdir()} - known):
         raise ValueError(f"{out}: already exists and holds other files, such as {others[0]!r}; use another name")
     if not overwrite:

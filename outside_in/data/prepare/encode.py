@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from outside_in.data.prepare.documents import File, HubDataset, ReadOptions
-from outside_in.data.tokenizer import END_OF_TEXT, encode_to_array
+from outside_in.data.tokenizer import Tokenizer
 
 Source = File | HubDataset
 
@@ -41,6 +41,7 @@ def batches(
     sources: list[Source],
     reading: ReadOptions,
     pool: ThreadPoolExecutor,
+    tokenizer: Tokenizer,
     *,
     first: int,
     skip: int,
@@ -52,10 +53,16 @@ def batches(
     """
 
     def submit(source: int, bytes_read: int, texts: list[str]) -> Batch:
-        pieces = [texts] if len(texts) > 1 else [[piece] for piece in cut(texts[0])]
+        whole = len(texts) > 1 or not tokenizer.cuts_before_spaces
+        pieces = [texts] if whole else [[piece] for piece in cut(texts[0])]
         last = len(pieces) - 1
-        futures = [pool.submit(_tokenize, part, special_tokens, j == last) for j, part in enumerate(pieces)]
-        return Batch(source, bytes_read, sum(map(len, texts)), [_digest(text) for text in texts], futures)
+        futures = [pool.submit(tokenize, part, j == last) for j, part in enumerate(pieces)]
+        return Batch(source, bytes_read, sum(map(len, texts)), [digest_of(text) for text in texts], futures)
+
+    def tokenize(texts: list[str], is_end: bool) -> list[np.ndarray]:
+        """Encode texts, each followed by the end of a text if `is_end`."""
+        arrays = [tokenizer.encode(text, special=special_tokens) for text in texts]
+        return [np.append(array, np.uint16(tokenizer.end_of_text)) for array in arrays] if is_end else arrays
 
     for i in range(first, len(sources)):
         texts: list[str] = []
@@ -76,12 +83,6 @@ def batches(
             yield submit(i, bytes_read, texts)
 
 
-def _tokenize(texts: list[str], special: bool, is_end: bool) -> list[np.ndarray]:
-    """Encode texts, each followed by `<|endoftext|>` if `is_end`."""
-    arrays = [encode_to_array(text, special=special) for text in texts]
-    return [np.append(array, np.uint16(END_OF_TEXT)) for array in arrays] if is_end else arrays
-
-
 def ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
     """Yield batches while later ones are being tokenized.
 
@@ -98,7 +99,7 @@ def ahead(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
     yield from waiting
 
 
-def _digest(text: str) -> bytes:
+def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
@@ -106,7 +107,7 @@ def cut(text: str) -> list[str]:
     """Cut a long text into pieces of about `PIECE_CHARACTERS`.
 
     Each cut is before a space between two characters that are not spaces. GPT-2's pattern begins a new piece there, so
-    the tokens stay the same.
+    the tokens stay the same (`Tokenizer.cuts_before_spaces`).
     """
     pieces, start = [], 0
     while len(text) - start > PIECE_CHARACTERS:

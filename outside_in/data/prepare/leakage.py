@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from outside_in.data.token_files import open_tokens, token_slices
-from outside_in.data.tokenizer import VOCAB_SIZE
+from outside_in.data.tokenizer import MAX_VOCAB_SIZE
 
 SLICE_TOKENS = 2**15  # read at once: few enough that their hashes, 8 bytes each, stay in a core's cache
 LEAKAGE_LENGTH = 32  # tokens: too long to recur by chance, short enough to show a copied paragraph
@@ -38,7 +38,7 @@ def find_leakage(
     found = np.zeros(known.size, bool)
     table = _bit_table(known)
     validation, num_tokens = open_tokens(validation_path), open_tokens(train_path).get_shape()[0]
-    for start, ids in token_slices(train_path, VOCAB_SIZE, SLICE_TOKENS, length - 1):
+    for start, ids in token_slices(train_path, MAX_VOCAB_SIZE, SLICE_TOKENS, length - 1):
         hashes = _window_hashes(ids, length)
         places = _places_in(table, hashes)
         index = np.searchsorted(known[:-1], hashes[places])  # without the last: no index is beyond it
@@ -78,7 +78,7 @@ def _window_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 def _sequence_hashes(path: Path, length: int) -> np.ndarray:
     """Hash a token file cut into sequences: (num_tokens // length,), uint64."""
     whole = max(1, SLICE_TOKENS // length) * length
-    hashes = [_window_hashes(ids, length)[::length].copy() for _, ids in token_slices(path, VOCAB_SIZE, whole)]
+    hashes = [_window_hashes(ids, length)[::length].copy() for _, ids in token_slices(path, MAX_VOCAB_SIZE, whole)]
     return np.concatenate([np.array([], np.uint64), *hashes])
 
 

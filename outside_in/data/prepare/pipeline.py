@@ -4,7 +4,6 @@ Everything is written into a hidden folder beside the one asked for, which is re
 saved there every few seconds. A new start cuts the token files to it and resumes.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -15,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from outside_in.data.prepare import description
+from outside_in.data.prepare.chosen_tokenizer import chosen_tokenizer, trained_tokenizer
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
 from outside_in.data.prepare.destination import LOCK, PROGRESS_FILE, check_place, check_space, lock
 from outside_in.data.prepare.encode import Batch, Source, ahead, batches
 from outside_in.data.prepare.leakage import find_leakage
 from outside_in.data.prepare.progress import Options, Progress, difference, pinned
 from outside_in.data.prepare.seen import SeenDocuments
-from outside_in.data.token_files import TokenWriter, find_last_document, shuffle_documents, written_tokens
+from outside_in.data.prepare.split import split_of, start_of_held_out
+from outside_in.data.token_files import TokenWriter, shuffle_documents, written_tokens
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from outside_in.data.tokenizer_files import load
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.atomic import fsync
@@ -37,11 +40,13 @@ class Preparation:
     def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
         check_place(out, overwrite)
         self.out, self.options = out, options
+        self._tokenizer = chosen_tokenizer(options)
         self.folder = out.with_name(f".preparing-{out.name}")
         self.sources = [pinned(source, self.folder / PROGRESS_FILE) for source in sources]
         self.command = {
             "options": asdict(options),
             "sources": [{"name": source.name, "version": source.version} for source in self.sources],
+            "tokenizer": self._tokenizer and self._tokenizer.identity,
         }
         if not self.folder.exists():
             check_space(out, self.sources, options.limit_tokens, copies=2 if options.shuffle else 1)
@@ -91,6 +96,8 @@ class Preparation:
                 f"{self.out}: was started with other {difference(self.progress.command, self.command)}; "
                 "type the same command again, or start over with --overwrite"
             )
+        if (self.folder / TOKENIZER_FILE).exists():
+            self._tokenizer = load(self.folder, self.options.end_of_text)
         self.splits = SPLITS if self.options.validation else SPLITS[:1]
         self._saved_at = time.monotonic()
         if (self.folder / DESCRIPTION).exists():  # it only lacks its name
@@ -117,6 +124,11 @@ class Preparation:
     def num_tokens(self) -> int:
         return sum(writer.num_tokens for writer in self.writers.values())
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer, "it is there once documents are read"
+        return self._tokenizer
+
     def read(self, workers: int, should_stop: Callable[[], bool], show: Callable[[int, "Preparation"], None]) -> None:
         """Tokenize the remaining documents, up to the limit or a stop.
 
@@ -124,12 +136,22 @@ class Preparation:
         """
         if self.progress.all_read:
             return
+        try:
+            self._tokenizer = self._tokenizer or trained_tokenizer(self.sources, self.options, should_stop)
+        except InterruptedError:
+            return
+        except ValueError:
+            shutil.rmtree(self.folder)  # the same command could not go on either
+            raise
+        if self._tokenizer.file:
+            atomic.write_bytes(self.folder / TOKENIZER_FILE, self._tokenizer.file, durable=True)
         with ThreadPoolExecutor(workers) as pool:
             try:
                 coming = batches(
                     self.sources,
                     self.options.reading,
                     pool,
+                    self.tokenizer,
                     first=self.progress.source,
                     skip=self.progress.documents_of_source,
                     special_tokens=self.options.special_tokens,
@@ -172,20 +194,12 @@ class Preparation:
             if self._seen and not self._seen.add(digest, progress.documents):
                 progress.duplicates += 1
             else:
-                self.writers[self._split_of(digest)].append(tokens)
+                self.writers[split_of(digest, self.options)].append(tokens)
                 of_source["documents"] += 1
                 of_source["tokens"] += len(tokens)
             progress.documents += 1
             progress.documents_of_source += 1
         return True
-
-    def _split_of(self, digest: bytes) -> str:
-        """Return a document's split, by its text and the seed alone.
-
-        So equal documents stay together, whatever else comes and in which order.
-        """
-        place = hashlib.blake2b(digest, digest_size=8, salt=self.options.seed.to_bytes(8, "little")).digest()
-        return "validation" if int.from_bytes(place, "little") < self.options.validation * 2**64 else "train"
 
     def save_progress(self) -> None:
         """Save the progress, after the tokens that it counts."""
@@ -206,7 +220,7 @@ class Preparation:
         if not (self.folder / DESCRIPTION).exists():
             self._complete(show)
         for path in self.folder.iterdir():
-            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, PROGRESS_FILE, LOCK):
+            if path.suffix != ".safetensors" and path.name not in (DESCRIPTION, TOKENIZER_FILE, PROGRESS_FILE, LOCK):
                 path.unlink()
         if self.out.exists():
             shutil.rmtree(self.out)
@@ -233,31 +247,24 @@ class Preparation:
             finished = self.folder / f"{split}.safetensors"
             if self.options.shuffle:
                 log.info(f"shuffling the documents of {split}")
-                shuffle_documents(writer.path, finished, self.options.seed)
+                shuffle_documents(writer.path, finished, self.options.seed, self.tokenizer.end_of_text)
             else:
                 writer.path.rename(finished)
         log.info("hashing sources, counting tokens, checking for train/validation overlap")
         _write_json(self.folder / DESCRIPTION, self._describe(show))
 
     def _hold_out_the_end(self) -> None:
-        """Move the last training tokens to validation, where no document fell.
-
-        Those of the last document; of a single document, as large a share as is asked for.
-        """
+        """Move the last training tokens to validation, where no document fell."""
         train, validation = (self.writers.get(split) for split in SPLITS)
         if train is None or validation is None or validation.num_tokens:
             return
         train.fsync()
         tokens = written_tokens(train.path)
         documents = sum(source["documents"] for source in self.progress.per_source)
-        if documents == 1:
-            start = len(tokens) - round(len(tokens) * self.options.validation)
-            what = "one document, whose end is"
-        elif round(documents * self.options.validation):
-            start = find_last_document(tokens)
-            what = "few documents, of which the last is"
-        else:
+        start = start_of_held_out(tokens, documents, self.options, self.tokenizer) if documents else None
+        if start is None:
             return
+        what = "one document, whose end is" if documents == 1 else "few documents, of which the last is"
         log.info(f"{what} for validation: {counted(len(tokens) - start, 'token')} of {len(tokens):,}")
         validation.append(tokens[start:])
         train.num_tokens = start
@@ -280,8 +287,10 @@ class Preparation:
         return {
             "format": 1,
             "sources": sources,
-            "splits": {split: description.describe_split(path) for split, path in paths.items()},
-            "tokenizer": "gpt2",
+            "splits": {split: description.describe_split(path, self.tokenizer) for split, path in paths.items()},
+            "tokenizer": self.tokenizer.name,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "end_of_text": self.tokenizer.end_token,
             "seed": self.options.seed,
             "options": asdict(self.options),
             "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,

@@ -15,6 +15,8 @@ class Options:
     """The options that decide, with the sources, which tokens come out."""
 
     reading: ReadOptions
+    tokenizer: str = "gpt2"  # or bytes, a path, train:N
+    end_of_text: str | None = None  # a token; None: the tokenizer's own
     validation: float = 0.01  # share of documents
     limit_tokens: int | None = None
     shuffle: bool = False

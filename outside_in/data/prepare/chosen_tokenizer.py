@@ -1,0 +1,68 @@
+"""The tokenizer of a preparation: one that exists, or one trained on the training documents."""
+
+import math
+from collections.abc import Callable, Iterator
+
+from outside_in.data.prepare.encode import Source, digest_of
+from outside_in.data.prepare.progress import Options
+from outside_in.data.prepare.split import TRAIN, split_of, training_bytes
+from outside_in.data.tokenizer import Tokenizer
+from outside_in.data.tokenizer_files import load
+from outside_in.data.train_tokenizer import check_vocab_size, train_tokenizer
+from outside_in.runtime.log import log
+
+MAX_CHARACTERS = 2**29  # of text that a tokenizer is trained on
+CHARACTERS_PER_TOKEN = 10  # with --limit-tokens
+
+
+def chosen_tokenizer(options: Options) -> Tokenizer | None:
+    """Return the tokenizer that the options name; None if it is to be trained. Raises ValueError without one."""
+    if not options.tokenizer.startswith(TRAIN):
+        return load(options.tokenizer, options.end_of_text)
+    check_vocab_size(_ids_to_train(options))
+    return None
+
+
+def _ids_to_train(options: Options) -> int:
+    count = options.tokenizer.removeprefix(TRAIN)
+    if not count.isdecimal():
+        raise ValueError(f"--tokenizer {options.tokenizer}: expected {TRAIN}N, N being a number of ids such as 4096")
+    return int(count)
+
+
+def trained_tokenizer(sources: list[Source], options: Options, should_stop: Callable[[], bool]) -> Tokenizer:
+    """Train a tokenizer on the training documents.
+
+    Raises ValueError when their text supports fewer ids, and InterruptedError when it should stop.
+    """
+    vocab_size = _ids_to_train(options)
+    log.info(f"training a tokenizer of {vocab_size:,} ids on the training documents")
+    return train_tokenizer(training_texts(sources, options, should_stop), vocab_size)
+
+
+def training_texts(sources: list[Source], options: Options, should_stop: Callable[[], bool]) -> Iterator[str]:
+    """Yield the text that a tokenizer is trained on: that of the training documents, up to `MAX_CHARACTERS`.
+
+    Raises InterruptedError when it should stop.
+    """
+    most = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * (options.limit_tokens or math.inf))
+    documents = characters = 0
+    any_validation, waiting = not options.validation, ""  # the last document may be held out
+    for source in sources:
+        for text, _ in source.documents(options.reading, 0):
+            if should_stop():
+                raise InterruptedError
+            documents += 1
+            if split_of(digest_of(text), options) == "validation":
+                any_validation = True
+                continue
+            yield waiting
+            waiting = text
+            characters += len(text)
+            if characters > most:
+                return
+    if documents == 1 and not any_validation:
+        content = waiting.encode("utf-8", "replace")
+        yield content[: training_bytes(len(content), options)].decode(errors="ignore")
+    elif any_validation or not round(documents * options.validation):
+        yield waiting
