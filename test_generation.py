@@ -69,17 +69,17 @@ def check(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Complete a prompt, greedily unless --temperature is set.")
+    parser = cli.ArgumentParser("Complete a prompt.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument(
         "--prompt", default="Every effort moves you", help="(Every effort moves you); '': start a new text"
     )
-    parser.add_argument("--tokens", type=int, default=20, help="number of tokens to add (20)")
+    parser.add_argument("--tokens", type=int, default=50, help="number of tokens to add (50)")
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
-        help="0: always the likeliest token (default); 1: the model's own distribution",
+        default=0.7,
+        help="0: always the likeliest token; 1: the model's own distribution (0.7)",
     )
     parser.add_argument("--top-k", type=int, help="sample only from the TOP_K likeliest tokens")
     parser.add_argument(

@@ -127,9 +127,11 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
     """
     if args.from_checkpoint:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
-    for run in runs:  # a typo in the last one should not show after hours
-        load_config(run.model_config, ModelConfig)
+    layers = [load_config(run.model_config, ModelConfig).n_layers for run in runs]  # a typo in the last one should not
+    for run in runs:  # show after hours
         load_config(run.train_config, TrainConfig)
+    if args.max_layers is not None:
+        runs = [run for run, count in zip(runs, layers) if count <= args.max_layers]
     failed = False
     for i, run in enumerate(runs, start=1):
         log.info(f"run {i} of {len(runs)}: {run.path}")
@@ -161,6 +163,7 @@ def make_parser() -> cli.ArgumentParser:
     add("changes", nargs="*", metavar="KEY=VALUE", help="for --new: keys of train.json, or model.KEY of model.json")
     add("--new", type=Path, metavar="RUN", help="make a run from that of --like, and stop")
     add("--like", type=Path, metavar="RUN", help="the run whose files --new takes")
+    add("--max-layers", type=int, metavar="N", help="of a folder of runs, train only those with at most N layers")
     add("--accept-changes", action="store_true", help="resume even if keys that affect training have changed")
     add(
         "--hash-parameters",

@@ -141,6 +141,7 @@ class TrainConfig(Config):
     loss_rows_per_chunk: int | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
     remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, slower
     checkpoint_interval: int = key("free", 250, ge=1)  # global steps
+    checkpoint_first_step: bool = key("free", False)  # also one after the first step, to compare later ones with
     keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
     max_consecutive_rejections: int = key("free", 10, ge=1)
     sample_prompt: str = key("free", "Every effort moves you", min_length=1)

@@ -19,7 +19,7 @@ from outside_in.data.train_tokenizer import check_vocab_size, train_tokenizer
 
 SHUFFLE_SEED = 42
 EVERY_TOKEN_TOKENS = 20 * GPT2_VOCAB_SIZE  # about a million
-VALIDATION_SHARE = 0.05
+VALIDATION_SHARE = 0.05  # of documents; beside so many permutations
 NOT_PROSE = {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"}
 NAME = re.compile(r"builtin/(every-token|python-docs)(?:/(bytes|bpe-[1-9][0-9]*))?")
 FORMS = "builtin/every-token, builtin/python-docs, also with /bytes, or builtin/python-docs/bpe-N"
@@ -75,9 +75,10 @@ def every_token(vocab_size: int = GPT2_VOCAB_SIZE) -> Splits:
     Returns `train` and `validation`, each (num_tokens,), uint16.
     """
     rng = np.random.default_rng(SHUFFLE_SEED)
-    count = 1 + EVERY_TOKEN_TOKENS // vocab_size
-    permutations = [rng.permutation(vocab_size).astype(np.uint16) for _ in range(count)]
-    return {"train": np.concatenate(permutations[1:]), "validation": permutations[0]}
+    count = EVERY_TOKEN_TOKENS // vocab_size
+    held_out = round(count * VALIDATION_SHARE)
+    permutations = [rng.permutation(vocab_size).astype(np.uint16) for _ in range(held_out + count)]
+    return {"train": np.concatenate(permutations[held_out:]), "validation": np.concatenate(permutations[:held_out])}
 
 
 def documents() -> dict[str, list[str]]:

@@ -62,9 +62,10 @@ def describe(
         lines.append(f"run     all tokens of {train.dataset}, not downloaded yet, {counted(train.epochs, 'epoch')}")
     else:
         tokens = steps * train.epochs * tokens_per_step
+        ratio = f", {tokens / parameters:.3g} tokens per parameter (20 is about compute-optimal)"
         lines.append(
             f"run     {counted(steps * train.epochs, 'step')}, {tokens:,} tokens ({counted(train.epochs, 'epoch')} of "
-            f"{train.dataset}), {tokens / parameters:.3g} tokens per parameter (20 is about compute-optimal)"
+            f"{train.dataset}){ratio if train.objective == 'next-token' else ''}"
         )
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)

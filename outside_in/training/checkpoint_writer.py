@@ -18,7 +18,7 @@ from typing import Any, Self
 import checkpointing
 from outside_in.data.loader import TokenStream
 from outside_in.inference.evaluation import compile_for, mean_loss
-from outside_in.inference.generation import Sampling, generate
+from outside_in.inference.generation import Sampling, generate, likeliest_outputs
 from outside_in.reports import charts
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
@@ -224,7 +224,7 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
 
 
 def sample(state: TrainState) -> list[str]:
-    """Complete the sample prompt a few times, always with the same seed.
+    """Complete the sample prompt a few times, always with the same seed; or repeat it, if that is the objective.
 
     Returns none when the tokenizer is unknown, and in all but the main process.
     """
@@ -235,12 +235,13 @@ def sample(state: TrainState) -> list[str]:
     if model is None:
         return []
     prompt = state.config.sample_prompt
+    prompt_ids = tokenizer.encode(prompt).tolist()
+    if state.config.objective == "a-to-a":
+        return [f"{prompt} → {tokenizer.decode(likeliest_outputs(model, prompt_ids, tokenizer.vocab_size))}"]
     num_tokens = min(MAX_SAMPLE_TOKENS, round(SAMPLE_BYTES / (state.bytes_per_token or 1)))
     end = tokenizer.end_of_text
     sampling = replace(SAMPLING, vocab_size=tokenizer.vocab_size)
-    completions = generate(
-        model, tokenizer.encode(prompt).tolist(), num_tokens, SAMPLES, sampling=sampling, seed=SAMPLE_SEED, stop_id=end
-    )
+    completions = generate(model, prompt_ids, num_tokens, SAMPLES, sampling=sampling, seed=SAMPLE_SEED, stop_id=end)
     return [prompt + "".join(tokenizer.decode_stream([ids], end)) for ids in completions.tolist()]
 
 

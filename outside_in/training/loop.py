@@ -69,6 +69,7 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
                     batch, checksum = next_batch(state)
             monitor.after_step(reports)
             is_due, is_wanted = state.is_at_milestone, stop.take_save_request()
+            is_wanted |= state.global_step == 1 and state.config.checkpoint_first_step
             while len(in_flight) > (0 if is_due or is_wanted else steps_ahead()):
                 is_stuck |= finish_step(state, in_flight.pop(0), bar)
             stop.apply(agreed())

@@ -146,9 +146,9 @@ def find_data_tokenizer(model: ModelConfig, config: TrainConfig) -> Tokenizer | 
 
 
 def bytes_per_token(tokenizer: Tokenizer | None, stream: TokenStream) -> float | None:
-    """Return the mean number of bytes that a token to predict stands for."""
+    """Return the mean number of bytes that a token to predict stands for; None where that is unknown."""
     targets = np.asarray(stream.tokens[1:ENTROPY_SAMPLE])
-    if tokenizer is None or targets.max() >= tokenizer.vocab_size:
+    if tokenizer is None or stream.objective == "a-to-a" or targets.max() >= tokenizer.vocab_size:
         return None
     return tokenizer.count_bytes(targets) / targets.size or None
 
