@@ -21,6 +21,7 @@ SHUFFLE_SEED = 42
 EVERY_TOKEN_TOKENS = 20 * GPT2_VOCAB_SIZE  # about a million
 VALIDATION_SHARE = 0.05  # of documents; beside so many permutations
 NOT_PROSE = {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"}
+TRAINED = "bpe-"  # before the number of ids
 NAME = re.compile(r"builtin/(every-token|python-docs)(?:/(bytes|bpe-[1-9][0-9]*))?")
 FORMS = "builtin/every-token, builtin/python-docs, also with /bytes, or builtin/python-docs/bpe-N"
 
@@ -36,6 +37,11 @@ class Builtin:
     tokenizer: str  # gpt2, bytes, or bpe-N: trained on the training documents
 
     @property
+    def vocab_size(self) -> int:
+        is_trained = self.tokenizer.startswith(TRAINED)
+        return int(self.tokenizer.removeprefix(TRAINED)) if is_trained else load(self.tokenizer).vocab_size
+
+    @property
     def version(self) -> str:
         """Return what the tokens depend on."""
         return f"v1-python-{platform.python_version()}" if self.tokens == "python-docs" else "v1"
@@ -46,10 +52,8 @@ class Builtin:
             made = load(self.tokenizer)
             return every_token(made.vocab_size), made
         splits = documents()
-        if self.tokenizer.startswith("bpe-"):
-            made = train_tokenizer(splits["train"], int(self.tokenizer.removeprefix("bpe-")))
-        else:
-            made = load(self.tokenizer)
+        is_trained = self.tokenizer.startswith(TRAINED)
+        made = train_tokenizer(splits["train"], self.vocab_size) if is_trained else load(self.tokenizer)
         return {split: tokenized(texts, made) for split, texts in splits.items()}, made
 
 
@@ -64,8 +68,8 @@ def find_builtin(name: str) -> Builtin | None:
     if match is None or (match[1] == "every-token" and match[2] not in (None, "bytes")):
         raise ValueError(f"dataset: no built-in data named {name[:100]!r}; use one of {FORMS}")
     kind = match[2] or "gpt2"
-    if kind.startswith("bpe-"):
-        check_vocab_size(int(kind.removeprefix("bpe-")[:9]))
+    if kind.startswith(TRAINED):
+        check_vocab_size(int(kind.removeprefix(TRAINED)[:9]))
     return Builtin(name, match[1], kind)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from model import parameter_shapes
 from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from outside_in.data.builtin import find_builtin
 from outside_in.data.run_length import NOTHING_KNOWN, KnownData, known_data
 from outside_in.data.tokenizer import assumed
 from outside_in.loss import chunk_size
@@ -59,7 +60,7 @@ def describe(
         *describe_mesh({BLOCK.sub("blocks.*.", name): shape for name, shape in shapes.items()}, mesh),
     ]
     if steps is None:
-        lines.append(f"run     all tokens of {train.dataset}, not downloaded yet, {counted(train.epochs, 'epoch')}")
+        lines.append(f"run     all tokens of {train.dataset}, not here yet, {counted(train.epochs, 'epoch')}")
     else:
         tokens = steps * train.epochs * tokens_per_step
         ratio = f", {tokens / parameters:.3g} tokens per parameter (20 is about compute-optimal)"
@@ -72,7 +73,7 @@ def describe(
     lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")
     if train.initial_weights is not None:
         lines.append(f"origin  the weights in {train.initial_weights}")
-    lines.append(f"tokens  {_tokenizer(model, data)}")
+    lines.append(f"tokens  {_tokenizer(model, train, data)}")
     if data.leaked_share is not None:
         lines.append(
             f"data    {data.leaked_share:.1%} of validation occurs in the training tokens, according to data.json"
@@ -82,9 +83,11 @@ def describe(
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
 
 
-def _tokenizer(model: ModelConfig, data: KnownData) -> str:
+def _tokenizer(model: ModelConfig, train: TrainConfig, data: KnownData) -> str:
     if data.tokenizer:
         return f"of the tokenizer {data.tokenizer}"
+    if builtin := find_builtin(train.dataset):  # not made yet
+        return f"of a tokenizer of {builtin.vocab_size:,} ids, which is trained when training starts"
     if known := assumed(model.vocab_size):
         return f"of the tokenizer {known}, which is assumed: the data name none"
     return "of an unknown tokenizer, so there are no samples and no bits per byte; put its tokenizer.json into the data"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
+from outside_in.data.builtin import find_builtin
 from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens
 from outside_in.runtime.log import log
@@ -74,8 +75,9 @@ def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
     """Adapt the vocabulary and the length to another dataset; return the keys that have changed."""
     folder = dataset_folder(str(train["dataset"]), fetch=False)
     adapted = []
-    if "model.vocab_size" not in changed and (tokenizer := dataset_tokenizer(str(train["dataset"]))):
-        model["vocab_size"] = tokenizer.vocab_size
+    made_with = find_builtin(str(train["dataset"])) or dataset_tokenizer(str(train["dataset"]))
+    if "model.vocab_size" not in changed and made_with:
+        model["vocab_size"] = made_with.vocab_size
         adapted.append("model.vocab_size")
     for key in set(OF_OLD_DATA).difference(changed):
         train.pop(key, None)
