@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> int:
 
     initialize_devices()
     path = find_weights(args.model)
-    tokenizer, model = need_tokenizer(path), load_saved_model(path)
+    model, tokenizer = load_saved_model(path), need_tokenizer(path)
     token_ids = tokenizer.encode(args.text).tolist()
     if not token_ids:
         raise ValueError("--text: expected some text, got none")

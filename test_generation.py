@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> int:
 
     initialize_devices()
     path = find_weights(args.model)
-    tokenizer, model = need_tokenizer(path), load_saved_model(path)
+    model, tokenizer = load_saved_model(path), need_tokenizer(path)
     prompt_ids = tokenizer.encode(args.prompt, special=args.special_tokens).tolist() or [tokenizer.end_of_text]
     context_length = model.config.context_length
     if len(prompt_ids) >= context_length:

@@ -573,7 +573,7 @@ def test_of_several_best_ones_the_newest_is_kept(tmp_path):
 def test_best_and_latest_survive_any_sequence_of_saves_and_clock_jumps(keep, commits):
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as monkeypatch:
         folder, now, alive = Path(name), 1e9, []
-        monkeypatch.setattr(checkpointing, "save_weights", lambda path, arrays, model_json: path.write_bytes(b""))
+        monkeypatch.setattr(checkpointing, "save_weights", lambda path, arrays, *described: path.write_bytes(b""))
         monkeypatch.setattr(checkpointing.ocp, "save", lambda path, state: None)
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
         monkeypatch.setattr(time, "time", lambda: now)

@@ -25,7 +25,7 @@ TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on beta2
 warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval
-keep_checkpoints initial_weights
+checkpoint_first_step keep_checkpoints initial_weights
 max_consecutive_rejections sample_prompt mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))

@@ -15,8 +15,8 @@ from test_model import with_larger_weights
 import checkpointing
 from model import GPTModel
 from outside_in.config import ModelConfig, TrainConfig, load_config
-from outside_in.data import tokenizer
-from outside_in.inference.load import find_weights, load_saved_model
+from outside_in.data.tokenizer import gpt2, vocabulary_files
+from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.storage import metrics
 from outside_in.weights import host_arrays, save_weights
 
@@ -207,20 +207,41 @@ def test_a_folder_that_is_no_gpt2_is_one_line_and_leaves_nothing(call_program, s
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".staging*"))
 
 
-def test_a_vocabulary_that_is_not_gpt2s_is_refused(call_program, text_run, tmp_path):
-    assert call_program("convert_gpt2", "export", text_run, tmp_path / "out").returncode == 0
-    vocabulary = json.loads((tmp_path / "out" / "vocab.json").read_text())
+def test_a_vocabulary_that_is_not_gpt2s_comes_along(call_program, text_run, tmp_path):
+    run = tmp_path / "run"
+    vocabulary = json.loads((export(call_program, text_run, tmp_path) / "vocab.json").read_text())
     vocabulary["Ġde"], vocabulary["Ġthe"] = vocabulary["Ġthe"], vocabulary["Ġde"]
-    (tmp_path / "out" / "vocab.json").write_text(json.dumps(vocabulary))
-    told = complaint(call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run"))
-    assert "vocab.json: not GPT-2's vocabulary" in told
-    (tmp_path / "out" / "vocab.json").unlink()
-    (tmp_path / "out" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-    told = complaint(call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run"))
-    assert "tokenizer.json: not GPT-2's vocabulary" in told
-    (tmp_path / "out" / "tokenizer.json").unlink()
-    finished = call_program("convert_gpt2", "import", tmp_path / "out", tmp_path / "run")
-    assert finished.returncode == 0 and "has no vocabulary file; GPT-2's is assumed" in finished.stderr
+    (tmp_path / "exported" / "vocab.json").write_text(json.dumps(vocabulary))
+    finished = call_program("convert_gpt2", "import", tmp_path / "exported", run)
+    assert finished.returncode == 0 and not finished.stderr
+    tokenizer = find_tokenizer(find_weights(run))
+    assert tokenizer.encode("de the").tolist() == gpt2().encode("de de").tolist()
+    assert tokenizer.end_of_text == 50256
+    assert load_config(run / "train.json", TrainConfig).dataset == "data/mine"
+    assert f"prepare_data.py data/mine --text input.txt --tokenizer {run / 'initial'}" in finished.stdout
+    assert "evaluate.py" not in finished.stdout  # on GPT-2's tokens
+
+
+def test_a_vocabulary_that_makes_no_tokenizer_is_refused(call_program, text_run, tmp_path):
+    out = export(call_program, text_run, tmp_path)
+    vocabulary = json.loads((out / "vocab.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    told = complaint(call_program("convert_gpt2", "import", out, tmp_path / "run"))
+    assert f"{out / 'tokenizer.json'}: expected a tokenizer.json of Hugging Face's tokenizers" in told
+    (out / "tokenizer.json").unlink()
+    del vocabulary["Ġthe"]
+    (out / "vocab.json").write_text(json.dumps(vocabulary))
+    told = complaint(call_program("convert_gpt2", "import", out, tmp_path / "run"))
+    assert f"{out / 'vocab.json'}: no vocabulary that fits merges.txt" in told
+    (out / "merges.txt").unlink()
+    told = complaint(call_program("convert_gpt2", "import", out, tmp_path / "run"))
+    assert f"{out / 'vocab.json'}: not GPT-2's vocabulary" in told
+    assert not (tmp_path / "run").exists()
+    (out / "vocab.json").unlink()
+    finished = call_program("convert_gpt2", "import", out, tmp_path / "run")
+    assert finished.returncode == 0
+    assert "has no tokenizer.json and no vocab.json; gpt2 is assumed" in finished.stderr
+    assert find_tokenizer(find_weights(tmp_path / "run")) is gpt2()
 
 
 def test_an_array_in_two_files_is_refused(call_program, source, tmp_path):
@@ -306,7 +327,7 @@ def test_an_exported_folder_has_what_transformers_wants(call_program, text_run, 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["eos_token_id"], config["n_positions"], config["tie_word_embeddings"]) == (50256, 16, False)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 50256
-    encoder, _ = tokenizer.vocabulary_files()
+    encoder, _ = vocabulary_files()
     assert (tmp_path / "out" / "vocab.json").read_bytes() == encoder.read_bytes()
     arrays = load_file(tmp_path / "out" / "model.safetensors")
     assert arrays["lm_head.weight"].shape == (50257, 8) and not arrays["transformer.h.0.attn.c_attn.bias"].any()

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from test_model import with_larger_weights
 from test_smoke_scripts import save_model
 
-from outside_in.data import tokenizer
+from outside_in.data.tokenizer import gpt2
 from outside_in.inference.evaluation import completion_losses, num_windows, standard_error, windowed_losses
 from outside_in.inference.hellaswag import Question, answer, read_questions
 from outside_in.inference.load import load_saved_model
@@ -133,7 +133,7 @@ def test_a_run_is_judged_by_its_best_checkpoint_on_its_own_dataset(call_program,
 
 def test_bits_per_byte_count_the_bytes_of_the_text(call_program, tmp_path):
     text = "A cat, una naïve 猫. " * 20
-    ids = [50256, *tokenizer.encode(text), 50256]
+    ids = [50256, *gpt2().encode(text), 50256]
     folder = tmp_path / "tokens"
     folder.mkdir()
     save_file({"tokens": np.array(ids, np.uint16)}, folder / "validation.safetensors")
@@ -238,11 +238,11 @@ def test_the_answer_is_the_ending_with_the_lowest_loss_per_token(tmp_path):
     weights = save_model(tmp_path, lambda embedding: embedding * 10)  # repeats what it reads
     model = load_saved_model(weights)
     questions = [Question("no", ["no no no no", "yes"], 0), Question("no no", ["perhaps not", "no"], 1)]
-    found = {number: (mean, whole) for number, mean, whole in answer(model, questions)}
+    found = {number: (mean, whole) for number, mean, whole in answer(model, questions, gpt2())}
     assert found.keys() == {0, 1} and [found[n][0].argmin() for n in (0, 1)] == [0, 1]
     for number, question in enumerate(questions):
         for ending, mean, whole in zip(question.endings, *found[number]):
-            assert whole == pytest.approx(mean * len(tokenizer.encode(" " + ending)))
+            assert whole == pytest.approx(mean * len(gpt2().encode(" " + ending)))
 
 
 def test_the_program_answers_hellaswag(call_program, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from checkpointing import MODEL_FILE
 from model import GPTModel
 from outside_in.config import ModelConfig
-from outside_in.data import tokenizer
+from outside_in.data.tokenizer import gpt2
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +23,7 @@ SHELL = ModelConfig(
     position_embedding=False,
     output_norm=False,
 )
+GREEDY = ("--temperature", 0)
 
 
 def save_model(folder, head):
@@ -46,9 +47,10 @@ def forgetful(tmp_path_factory):
 def test_a_repeating_model_maps_the_poem_to_itself(repeating):
     finished = run_program("test_a_to_a.py", repeating)
     assert finished.returncode == 0, finished.stderr
-    parts = finished.stdout.split("---\n")
-    assert parts[1] == parts[2] and parts[1].startswith("It is an ancient Mariner,\n")
-    assert parts[3] == "38 of 38 tokens map to themselves\n"
+    read, repeated = finished.stdout.split("\n\noutput:\n")
+    text = read.removeprefix("input:\n")
+    assert read == f"input:\n{text}" and text.startswith("It is an ancient Mariner,\n")
+    assert repeated == f"{text}\n\n38 of 38 tokens map to themselves\n"
 
 
 def test_a_forgetful_model_fails_the_check(call_program, forgetful):
@@ -57,10 +59,18 @@ def test_a_forgetful_model_fails_the_check(call_program, forgetful):
     assert finished.stdout.endswith("0 of 6 tokens map to themselves\n")
 
 
-def test_generation_is_greedy_and_20_tokens_long_by_default(repeating):
-    finished = run_program("test_generation.py", repeating)
+def test_generation_at_temperature_0_is_greedy(repeating):
+    finished = run_program("test_generation.py", repeating, "--tokens", 20, *GREEDY)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "Every effort moves you" + 20 * " you" + "\n"
+
+
+def test_generation_samples_50_tokens_at_temperature_0_7_by_default(call_program, forgetful):
+    by_default, asked_for, greedy = (
+        call_program("test_generation", forgetful, *options)
+        for options in ((), ("--tokens", 50, "--temperature", 0.7, "--seed", 0), ("--tokens", 50, *GREEDY))
+    )
+    assert by_default.returncode == 0 and by_default.stdout == asked_for.stdout != greedy.stdout
 
 
 def test_generation_samples_with_a_seed(call_program, forgetful):
@@ -78,7 +88,7 @@ def test_a_prompt_that_leaves_no_room_is_one_line_and_exit_code_2(call_program, 
 
 
 def test_a_text_that_outgrows_the_context_says_so_and_goes_on(call_program, repeating):
-    finished = call_program("test_generation", repeating, "--tokens", 30)
+    finished = call_program("test_generation", repeating, "--tokens", 30, *GREEDY)
     assert finished.returncode == 0
     assert finished.stderr == "notice: when the text fills the context of 16 tokens, only its second half is kept\n"
     assert finished.stdout == "Every effort moves you" + 30 * " you" + "\n"
@@ -86,20 +96,26 @@ def test_a_text_that_outgrows_the_context_says_so_and_goes_on(call_program, repe
 
 def test_a_completion_stops_at_the_end_of_text_unless_told_to_go_on(call_program, tmp_path):
     ending = save_model(tmp_path, lambda embedding: np.concatenate([0 * embedding[:-1], embedding[345:346]]))
-    finished = call_program("test_generation", ending)  # " you" is 345
+    finished = call_program("test_generation", ending, *GREEDY)  # " you" is 345
     assert (finished.returncode, finished.stdout) == (0, "Every effort moves you\n")
     options = ("--samples", 2, "--temperature", 1e-3)
     assert call_program("test_generation", ending, *options).stdout == 2 * "Every effort moves you\n"
-    told = call_program("test_generation", ending, "--ignore-end", "--tokens", 1)
+    told = call_program("test_generation", ending, "--ignore-end", "--tokens", 1, *GREEDY)
     assert told.stdout == "Every effort moves you<|endoftext|>\n"
 
 
+def test_an_empty_prompt_starts_a_new_text(call_program, tmp_path):
+    starting = save_model(tmp_path, lambda embedding: np.where(np.arange(50257)[:, None] == 345, embedding[-1:], 0))
+    finished = call_program("test_generation", starting, "--prompt", "", "--tokens", 1, *GREEDY)
+    assert (finished.returncode, finished.stdout) == (0, " you\n")  # 345, after the end of a text
+
+
 def test_a_character_of_several_tokens_comes_out_whole():
-    ids = tokenizer.encode("naïve 猫 🙂!")
+    ids = gpt2().encode("naïve 猫 🙂!").tolist()
     assert len(ids) > 6
-    parts = list(tokenizer.decode_stream([token] for token in ids))
+    parts = list(gpt2().decode_stream([token] for token in ids))
     assert "".join(parts) == "naïve 猫 🙂!" and not any("\ufffd" in part for part in parts)
-    assert list(tokenizer.decode_stream([tokenizer.encode("🙂")[:1]]))[-1] == "\ufffd"  # what never comes
+    assert list(gpt2().decode_stream([gpt2().encode("🙂")[:1].tolist()]))[-1] == "\ufffd"  # what never comes
 
 
 @pytest.mark.parametrize("program", ["test_a_to_a", "test_generation"])
@@ -117,10 +133,9 @@ def test_a_missing_file_is_one_line_and_exit_code_2(call_program, program, tmp_p
         ("--top-k", 0),
         ("--top-p", 0),
         ("--top-p", 1.5),
-        ("--top-p", 0.5),
+        (*GREEDY, "--top-p", 0.5),
         ("--seed", -1),
         ("--temperature", -1),
-        ("--prompt", ""),
     ],
     ids=str,
 )

@@ -17,13 +17,10 @@ from outside_in.data.hub import (
     missing,
 )
 from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from outside_in.data.tokenizer_files import from_identity, load
+from outside_in.data.tokenizer_files import folder_tokenizer, load
 from outside_in.storage.atomic import atomic_directory
-from outside_in.storage.strict_json import read_json
 
 DATA_FOLDER = Path(__file__).parents[2] / "data"
-DESCRIPTION = "data.json"  # what prepare_data.py writes beside token files
-MAX_DESCRIPTION_BYTES = 2**28  # there may be a hundred thousand sources
 
 
 def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
@@ -73,18 +70,6 @@ def dataset_tokenizer(dataset: str) -> Tokenizer | None:
     if (builtin := find_builtin(dataset)) and builtin.tokenizer in ("gpt2", "bytes"):
         return load(builtin.tokenizer)
     return folder_tokenizer(dataset_folder(dataset, fetch=False))
-
-
-def folder_tokenizer(folder: Path) -> Tokenizer | None:
-    """Return the tokenizer that the tokens of a folder were made with, as `dataset_tokenizer` does."""
-    path = folder / DESCRIPTION
-    recorded = read_json(path, MAX_DESCRIPTION_BYTES) if path.is_file() else {}
-    if "tokenizer_sha256" in recorded:
-        keys = {"name": "tokenizer", "sha256": "tokenizer_sha256", "end_of_text": "end_of_text"}
-        return from_identity({name: recorded.get(key) for name, key in keys.items()}, folder, str(path))
-    if recorded.get("tokenizer") == "gpt2":  # as it stood there before there were others
-        return load("gpt2")
-    return load(folder) if (folder / TOKENIZER_FILE).is_file() else None
 
 
 def _write_token_files(folder: Path, builtin: Builtin) -> None:

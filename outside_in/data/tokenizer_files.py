@@ -11,8 +11,11 @@ import tokenizers
 from tiktoken_ext.openai_public import ENDOFTEXT
 
 from outside_in.data.tokenizer import GPT2_VOCAB_SIZE, MAX_VOCAB_SIZE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, gpt2
+from outside_in.storage.strict_json import read_json
 
 MAX_FILE_BYTES = 2**28
+DESCRIPTION = "data.json"  # what prepare_data.py writes beside token files
+MAX_DESCRIPTION_BYTES = 2**28  # there may be a hundred thousand sources
 ENDS_OF_TEXT = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # tried in this order, unless one is named
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of vocabularies in SentencePiece's form
 
@@ -161,3 +164,18 @@ def from_identity(identity: Mapping[str, Any], folder: Path, source: str) -> Tok
             f"got {found}; put that one there"
         )
     return found
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that the tokens of a folder were made with; None where nothing says which.
+
+    Raises ValueError when the one that its `data.json` names is missing.
+    """
+    path = folder / DESCRIPTION
+    recorded = read_json(path, MAX_DESCRIPTION_BYTES) if path.is_file() else {}
+    if "tokenizer_sha256" in recorded:
+        keys = {"name": "tokenizer", "sha256": "tokenizer_sha256", "end_of_text": "end_of_text"}
+        return from_identity({name: recorded.get(key) for name, key in keys.items()}, folder, str(path))
+    if recorded.get("tokenizer") == "gpt2":  # as it stood there before there were others
+        return load("gpt2")
+    return load(folder) if (folder / TOKENIZER_FILE).is_file() else None

@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from outside_in.config import ModelConfig
-from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed, vocabulary_files
-from outside_in.data.tokenizer_files import byte_alphabet, from_file, load
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed, gpt2, vocabulary_files
+from outside_in.data.tokenizer_files import MAX_FILE_BYTES, byte_alphabet, from_file, load
+from outside_in.storage.strict_json import read_json
 
 GPT2_FILES = ("vocab.json", "merges.txt")
 
@@ -27,10 +28,16 @@ def find(folder: Path, end_id: Any, vocab_size: int) -> Tokenizer | None:
         found = load(folder, _token(folder / TOKENIZER_FILE, end_id))
     elif vocabulary.is_file() and merges.is_file():
         found = _byte_level(vocabulary, merges, end_id)
+    elif vocabulary.is_file():
+        if read_json(vocabulary, MAX_FILE_BYTES) != read_json(vocabulary_files()[0], MAX_FILE_BYTES):
+            raise ValueError(
+                f"{vocabulary}: not GPT-2's vocabulary; put its {merges.name} or {TOKENIZER_FILE} beside it"
+            )
+        found = gpt2()
     else:
         found = assumed(vocab_size)
-        then = f"{found.name} is assumed" if found else "so it completes no text; put its tokenizer.json there"
-        print(f"notice: {folder} has no {TOKENIZER_FILE} and no vocab.json with merges.txt; {then}", file=sys.stderr)
+        then = f"{found.name} is assumed" if found else f"so it completes no text; put its {TOKENIZER_FILE} there"
+        print(f"notice: {folder} has no {TOKENIZER_FILE} and no {vocabulary.name}; {then}", file=sys.stderr)
     if found and found.vocab_size > vocab_size:
         raise ValueError(f"{folder}: its tokenizer {found} has more ids than its model, {vocab_size:,}")
     return found

@@ -55,7 +55,7 @@ def draw_loss(
     if not finite:
         return
     last_step = finite[-1]["global_step"]
-    period = max(min(interval, last_step // 10), -(-last_step // MAX_POINTS), 1)
+    period = max(min(interval, -(-last_step // 10)), -(-last_step // MAX_POINTS), 1)
     steps, averages, lows, highs = _periods(finite, period)
     with _figure(path, title, "loss (nats per token)") as axes:
         axes.fill_between(steps, lows, highs, alpha=0.2, linewidth=0, label=f"training, min to max of {period:,} steps")

@@ -10,7 +10,7 @@ import pytest
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, random_tokens, tiny_model_config, tiny_train_config
 from safetensors.numpy import save_file
 
-from outside_in.data.loader import TokenStream, fingerprint, load_tokens, open_streams, unigram_entropy
+from outside_in.data.loader import TokenStream, fingerprint, load_tokens, open_streams, unigram_loss
 from outside_in.data.token_files import HEADER_BYTES, TokenWriter, count_tokens
 from outside_in.runtime.machine import memory_bytes
 
@@ -333,18 +333,20 @@ def test_a_fingerprint_changes_with_every_token(place):
 
 
 @pytest.mark.parametrize(
-    ("counts", "entropy"),
+    ("train", "judged", "loss"),  # how often each token occurs
     [
-        ([7], 0.0),
-        ([5, 5], math.log(2)),
-        ([3] * 101, math.log(101)),
-        ([1, 3], 2 * math.log(2) - 0.75 * math.log(3)),
-        ([8, 0, 4, 0, 2, 1, 1], 1.875 * math.log(2)),
+        ([7], [7], 0.0),
+        ([5, 5], [5, 5], math.log(2)),
+        ([3] * 101, [3] * 101, math.log(101)),
+        ([1, 3], [1, 3], math.log(3) - 0.75 * math.log(2)),
+        ([7, 3, 1, 1], [8, 4, 2, 2], 1.75 * math.log(2)),
+        ([3, 1, 0, 0], [0, 0, 1, 0], 3 * math.log(2)),
     ],
 )
-def test_the_unigram_entropy_is_that_of_the_formula(counts, entropy):
-    tokens = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts), dtype=np.uint16), counts))
-    assert unigram_entropy(jax.device_put(tokens)) == pytest.approx(entropy, abs=1e-12)
+def test_the_unigram_loss_is_that_of_the_formula(train, judged, loss):
+    rng = np.random.default_rng(0)
+    tokens = [rng.permutation(np.repeat(np.arange(len(x), dtype=np.uint16), x)) for x in (train, judged)]
+    assert unigram_loss(*map(jax.device_put, tokens), len(train)) == pytest.approx(loss, abs=1e-12)
 
 
 def test_a_token_file_larger_than_memory_gives_the_range_that_is_asked_for(tmp_path):

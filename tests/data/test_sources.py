@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -34,8 +35,10 @@ from safetensors.numpy import load_file
 
 from outside_in.data import hub as hub_client
 from outside_in.data import sources
+from outside_in.data.builtin import find_builtin
 from outside_in.data.hub import detect_wrong_content
 from outside_in.data.sources import dataset_folder, dataset_revision
+from outside_in.data.tokenizer import gpt2
 
 TOO_OFTEN = [500] * 6  # the client tries five times more when nothing arrives
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2096\n"
@@ -115,38 +118,38 @@ def test_what_can_be_no_name_is_refused(name):
 # Built-in data
 
 
+def set_builtin(monkeypatch, make, version="v1"):
+    """Let `builtin/small` be what `make` returns, as GPT-2's tokens."""
+    small = SimpleNamespace(version=version, make=lambda: (make(), gpt2()))
+    monkeypatch.setattr(sources, "find_builtin", lambda name: small if name == "builtin/small" else find_builtin(name))
+
+
 @pytest.fixture
 def maker(monkeypatch):
-    """A small built-in dataset, and the list of its makings."""
-    calls = []
-
-    def make():
-        calls.append(1)
-        return {"train": random_tokens(50), "validation": random_tokens(20, seed=1)}
-
-    monkeypatch.setitem(sources.BUILTIN, "builtin/small", (make, "v1"))
-    return calls
+    """A small built-in dataset; with each call of it, it has been made once more."""
+    make = Mock(side_effect=lambda: {"train": random_tokens(50), "validation": random_tokens(20, seed=1)})
+    set_builtin(monkeypatch, make)
+    return make
 
 
 def test_built_in_data_are_written_once(maker, data_folder):
     folder = dataset_folder("builtin/small")
     assert folder == dataset_folder("builtin/small") == data_folder / "builtin" / "small" / "v1"
-    assert len(maker) == 1
+    assert maker.call_count == 1
     assert sorted(path.name for path in folder.iterdir()) == ["train.safetensors", "validation.safetensors"]
     assert (load_file(folder / "train.safetensors")["tokens"] == random_tokens(50)).all()
 
 
 def test_built_in_data_of_another_version_are_made_anew(maker, monkeypatch):
     first = dataset_folder("builtin/small")
-    make, _ = sources.BUILTIN["builtin/small"]
-    monkeypatch.setitem(sources.BUILTIN, "builtin/small", (make, "v2"))
+    set_builtin(monkeypatch, maker, "v2")
     assert dataset_folder("builtin/small") != first
-    assert len(maker) == 2
+    assert maker.call_count == 2
 
 
 def test_without_fetching_nothing_is_made(maker, data_folder):
     assert dataset_folder("builtin/small", fetch=False) == data_folder / "builtin" / "small" / "v1"
-    assert maker == []
+    assert not maker.called
     assert not data_folder.exists()
 
 
@@ -168,11 +171,11 @@ def test_a_failure_between_two_files_leaves_no_data_that_look_whole(maker, data_
 
 def test_two_processes_that_make_the_same_data_do_not_disturb_each_other(monkeypatch, data_folder):
     def make():  # the other process is faster
-        monkeypatch.setitem(sources.BUILTIN, "builtin/small", (lambda: {"train": random_tokens(9)}, "v1"))
+        set_builtin(monkeypatch, lambda: {"train": random_tokens(9)})
         dataset_folder("builtin/small")
         return {"train": random_tokens(9)}
 
-    monkeypatch.setitem(sources.BUILTIN, "builtin/small", (make, "v1"))
+    set_builtin(monkeypatch, make)
     folder = dataset_folder("builtin/small")
     assert (load_file(folder / "train.safetensors")["tokens"] == random_tokens(9)).all()
     assert list(folder.parent.iterdir()) == [folder]

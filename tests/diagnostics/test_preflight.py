@@ -11,6 +11,7 @@ from helpers import tiny_model_config, tiny_train_config
 
 from model import GPTModel
 from outside_in.config import ModelConfig, TrainConfig
+from outside_in.data.run_length import KnownData
 from outside_in.diagnostics.preflight import describe, estimate_memory
 from outside_in.optimizer import make_optimizer
 from outside_in.storage.run_directory import RunDirectory
@@ -49,7 +50,7 @@ def run(tmp_path):
 
 
 def test_the_reference_run_is_described_in_its_published_numbers(run):
-    lines = describe(run, REFERENCE_MODEL, reference_train(), None)
+    lines = describe(run, REFERENCE_MODEL, reference_train())
     assert "163,009,536 parameters" in line_of("model", lines)
     assert "98,304 tokens" in line_of("step", lines)
     assert re.search(r"\b33,165 steps, 3,260,252,160 tokens .*, 20 tokens per parameter", line_of("run", lines))
@@ -59,19 +60,19 @@ def test_the_reference_run_is_described_in_its_published_numbers(run):
 
 @pytest.mark.parametrize(("decay_on", "decaying"), [("all", 163_009_536), ("matrices", 162_915_840)])
 def test_it_says_how_many_parameters_decay(run, decay_on, decaying):
-    line = line_of("decay", describe(run, REFERENCE_MODEL, reference_train(weight_decay_on=decay_on), None))
+    line = line_of("decay", describe(run, REFERENCE_MODEL, reference_train(weight_decay_on=decay_on)))
     assert line == f"decay   0.01 on {decaying:,} of 163,009,536 parameters"
 
 
 def test_epochs_multiply_steps_and_tokens(run):
-    lines = describe(run, SHELL, reference_train(epochs=2), None)
+    lines = describe(run, SHELL, reference_train(epochs=2))
     assert "66,330 steps, 6,520,504,320 tokens" in line_of("run", lines)
 
 
 @pytest.mark.parametrize(("available", "steps"), [(None, None), (10 * 98_304, 9), (10 * 98_304 + 1, 10)])
 def test_a_run_over_all_tokens_takes_its_length_from_the_data_once_they_are_here(run, available, steps):
-    line = line_of("run", describe(run, SHELL, reference_train(min_train_tokens=-1), available))
-    assert ("not downloaded yet" in line) == (steps is None)
+    line = line_of("run", describe(run, SHELL, reference_train(min_train_tokens=-1), KnownData(tokens=available)))
+    assert ("not here yet" in line) == (steps is None)
     assert ("steps" in line) == (steps is not None)
     assert steps is None or f" {steps} steps" in line
 
@@ -87,14 +88,14 @@ def test_a_checkpoint_is_as_large_as_parameters_and_optimizer_state(run, monkeyp
 
     leaves = jax.tree.leaves(nnx.eval_shape(saved_state))
     gib = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / GIB
-    line = line_of("disk", describe(run, SHELL, config, None))
+    line = line_of("disk", describe(run, SHELL, config))
     assert f" {gib:.2f} GiB a checkpoint, at most {5 * gib:.2f} GiB; 100.0 GiB free" in line
 
 
 @pytest.mark.parametrize(("keep", "free_gib", "warns"), [(3, 4, True), (3, 5, False), (8, 5, True), (None, 1, False)])
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_a_warning(run, monkeypatch, keep, free_gib, warns):
     set_free_disk(monkeypatch, free_gib * GIB)
-    line = line_of("disk", describe(run, SHELL, reference_train(keep_checkpoints=keep), None))
+    line = line_of("disk", describe(run, SHELL, reference_train(keep_checkpoints=keep)))
     assert ("WARNING" in line) == warns
     assert f"{free_gib}.0 GiB free" in line
 
@@ -113,15 +114,15 @@ def test_memory_holds_at_least_parameters_moments_and_gradient():
 
 
 def test_validation_that_is_trained_on_is_told_where_it_is_known(run):
-    lines = describe(run, SHELL, reference_train(), None, 0.1234)
+    lines = describe(run, SHELL, reference_train(), KnownData(leaked_share=0.1234))
     assert line_of("data", lines) == "data    12.3% of validation occurs in the training tokens, according to data.json"
-    assert not [line for line in describe(run, SHELL, reference_train(), None) if line.startswith("data")]
+    assert not [line for line in describe(run, SHELL, reference_train()) if line.startswith("data")]
 
 
 def test_warnings_about_the_model_come_last(run):
-    lines = describe(run, tiny_model_config(emb_dim=36), tiny_train_config(), None)
+    lines = describe(run, tiny_model_config(emb_dim=36), tiny_train_config())
     assert lines[-1].startswith("WARNING ") and "head width 9" in lines[-1]
-    assert not [line for line in describe(run, tiny_model_config(), tiny_train_config(), None) if "WARNING h" in line]
+    assert not [line for line in describe(run, tiny_model_config(), tiny_train_config()) if "WARNING h" in line]
 
 
 def test_nothing_is_fetched_written_or_put_on_a_device(run, monkeypatch):
@@ -134,7 +135,7 @@ def test_nothing_is_fetched_written_or_put_on_a_device(run, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(jax, "device_put", refuse)
     before = {id(array) for array in jax.live_arrays()}
-    describe(run, SHELL, reference_train(min_train_tokens=-1), None)
+    describe(run, SHELL, reference_train(min_train_tokens=-1))
     added = [array for array in jax.live_arrays() if id(array) not in before]
     assert sum(array.size for array in added) < 100
     assert list(run.path.iterdir()) == []

@@ -106,7 +106,7 @@ def alone(tmp_path_factory):
     return train
 
 
-SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: 'a text'"
+SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: ['a text']"
 
 
 def test_two_processes_train_as_one_device_and_the_first_alone_speaks_and_samples(make_run, call_program, alone):

@@ -35,7 +35,7 @@ def train(call_program):
 
 @pytest.fixture(autouse=True)
 def a_sample_of_any_vocabulary_and_quick_charts(monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "sample", lambda state: f"a sample of step {state.global_step}")
+    monkeypatch.setattr(checkpoint_writer, "sample", lambda state: [f"a sample of step {state.global_step}"])
     for name in ("draw_loss", "draw_learning_rate", "draw_gradient_norm"):
         monkeypatch.setattr(charts, name, lambda path, *args, **options: path.write_bytes(b""))
 

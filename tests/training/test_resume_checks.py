@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import captured_log, tiny_model_config, tiny_train_config
 
+from outside_in.data.tokenizer import gpt2
 from outside_in.training import resume_checks
 
 DATA = {"train": "2000 tokens, sha256 aa", "validation": "200 tokens, sha256 bb"}
@@ -14,7 +15,7 @@ DATA = {"train": "2000 tokens, sha256 aa", "validation": "200 tokens, sha256 bb"
 @pytest.fixture
 def saved():
     """A snapshot as it comes back from a checkpoint's JSON."""
-    return json.loads(json.dumps(resume_checks.snapshot(tiny_model_config(), tiny_train_config(), DATA)))
+    return json.loads(json.dumps(resume_checks.snapshot(tiny_model_config(), tiny_train_config(), DATA, gpt2())))
 
 
 def check(saved, model=None, train=None, *, accept=False):

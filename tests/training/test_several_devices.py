@@ -197,7 +197,7 @@ def test_nothing_of_tokens_times_vocabulary_is_sent(data, fsdp):
 
 @pytest.fixture
 def train(call_program, monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "sample", lambda training: None)
+    monkeypatch.setattr(checkpoint_writer, "sample", lambda training: [])
     return partial(call_program, "train")
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from outside_in.data.prepare import leakage
 from outside_in.data.prepare.leakage import Progress, find_leakage, show_nothing
-from outside_in.data.sources import DESCRIPTION, folder_tokenizer
-from outside_in.data.sources import MAX_DESCRIPTION_BYTES as MAX_BYTES
 from outside_in.data.token_files import entropy, token_slices
 from outside_in.data.tokenizer import Tokenizer, gpt2
+from outside_in.data.tokenizer_files import DESCRIPTION, folder_tokenizer
+from outside_in.data.tokenizer_files import MAX_DESCRIPTION_BYTES as MAX_BYTES
 from outside_in.storage.strict_json import read_json
 from outside_in.storage.text import counted
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from outside_in.data import tokenizer
 from outside_in.data.prepare import description, leakage
 from outside_in.data.prepare.description import describe, describe_split, lines, recorded_leakage
 from outside_in.data.prepare.leakage import find_leakage
+from outside_in.data.tokenizer import gpt2
 
-END = tokenizer.END_OF_TEXT
+END = gpt2().end_of_text
 INTEGER_TYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
 
 
@@ -38,7 +38,7 @@ def slice_tokens(request, monkeypatch):
 def folder(tmp_path):
     """A folder of text: two documents to train on, the second held out as well."""
     texts = ["The cat sat on the mat.\nThen it left.", " ".join(f"word {number}" for number in range(40))]
-    train, held_out = ([*tokenizer.encode(text), END] for text in texts)
+    train, held_out = ([*gpt2().encode(text), END] for text in texts)
     write(tmp_path / "train.safetensors", train + held_out)
     write(tmp_path / "validation.safetensors", held_out)
     return tmp_path
@@ -73,7 +73,7 @@ def refusal(function, path, *arguments):
 )
 @pytest.mark.usefixtures("slice_tokens")
 def test_documents_end_with_their_end_of_text_or_with_the_file(ids, documents, longest, tmp_path):
-    counts = describe_split(write(tmp_path / "a.safetensors", ids))
+    counts = describe_split(write(tmp_path / "a.safetensors", ids), gpt2())
     assert counts["tokens"] == len(ids)
     assert counts["documents"] == documents
     assert counts["longest_document"] == longest
@@ -93,7 +93,7 @@ def test_documents_end_with_their_end_of_text_or_with_the_file(ids, documents, l
 @pytest.mark.usefixtures("slice_tokens")
 def test_the_unigram_entropy_is_that_of_the_formula_over_all_tokens(counts, entropy, tmp_path):
     ids = np.repeat(np.arange(len(counts)), counts)
-    described = describe_split(write(tmp_path / "a.safetensors", ids))
+    described = describe_split(write(tmp_path / "a.safetensors", ids), gpt2())
     assert described["unigram_entropy"] == pytest.approx(entropy, abs=1e-12)
     assert math.copysign(1, described["unigram_entropy"]) == 1  # not -0.0
 
@@ -102,7 +102,7 @@ def test_the_unigram_entropy_is_that_of_the_formula_over_all_tokens(counts, entr
 def test_tokens_may_be_any_integers_as_in_training(dtype, tmp_path):
     path = write(tmp_path / "a.safetensors", [100, 101, 100, 102] * 20, dtype)
     other = write(tmp_path / "b.safetensors", [100, 101, 100, 102] * 20)
-    assert describe_split(path) == describe_split(other)
+    assert describe_split(path, gpt2()) == describe_split(other, gpt2())
     assert find_leakage(path, other) == find_leakage(other, path) == find_leakage(other, other)
 
 
@@ -110,16 +110,21 @@ def test_tokens_may_be_any_integers_as_in_training(dtype, tmp_path):
     ("dtype", "bad"), [("uint16", 50_257), ("uint16", 65_535), ("int64", -1), ("int32", 65_536), ("uint64", 2**63 + 5)]
 )
 @pytest.mark.usefixtures("slice_tokens")
-def test_an_id_that_gpt2_does_not_have_is_named_with_its_place(dtype, bad, tmp_path):
+def test_an_id_that_the_tokenizer_does_not_have_is_named_with_its_place(dtype, bad, tmp_path):
     ids = np.zeros(200, dtype)
     ids[[123, 190]] = bad
     path, good = write(tmp_path / "a.safetensors", ids, dtype), write(tmp_path / "b.safetensors", [1] * 64)
-    for line in (refusal(describe_split, path), refusal(find_leakage, path, good), refusal(find_leakage, good, path)):
-        assert line.startswith(f"{path}: token 123 is id {bad}, expected ids from 0 to 50256; ")
+    line = refusal(describe_split, path, gpt2())
+    assert line.startswith(f"{path}: token 123 is id {bad}, expected ids from 0 to 50256; ")
+    if 0 <= bad < 2**16:
+        assert find_leakage(good, path)["sequences"] == 6  # of any tokenizer
+        return
+    for line in (refusal(find_leakage, path, good), refusal(find_leakage, good, path)):
+        assert line.startswith(f"{path}: token 123 is id {bad}, expected ids from 0 to 65535; ")
 
 
-def test_the_largest_id_is_one_that_gpt2_has(tmp_path):
-    assert describe_split(write(tmp_path / "a.safetensors", [50_256]))["tokens"] == 1
+def test_the_largest_id_is_one_that_the_tokenizer_has(tmp_path):
+    assert describe_split(write(tmp_path / "a.safetensors", [50_256]), gpt2())["tokens"] == 1
 
 
 @pytest.mark.parametrize(
@@ -134,20 +139,22 @@ def test_the_largest_id_is_one_that_gpt2_has(tmp_path):
 def test_what_is_no_row_of_integers_is_refused(tokens, found, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"tokens": tokens}, path)
-    assert f"{path}: expected 'tokens' to be one-dimensional integers, got {found};" in refusal(describe_split, path)
+    assert f"{path}: expected 'tokens' to be one-dimensional integers, got {found};" in refusal(
+        describe_split, path, gpt2()
+    )
 
 
 def test_a_file_without_tokens_names_what_it_has(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"id\ns": np.zeros(6, np.uint16)}, path)
-    assert r"expected a tensor named 'tokens', got id\ns; rename it" in refusal(describe_split, path)
+    assert r"expected a tensor named 'tokens', got id\ns; rename it" in refusal(describe_split, path, gpt2())
 
 
 def test_a_missing_or_damaged_file_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    assert "expected a token file, found nothing" in refusal(describe_split, path)
+    assert "expected a token file, found nothing" in refusal(describe_split, path, gpt2())
     path.write_bytes(b"no tensors here")
-    assert "not a readable safetensors file" in refusal(describe_split, path)
+    assert "not a readable safetensors file" in refusal(describe_split, path, gpt2())
 
 
 # Leakage
@@ -311,7 +318,9 @@ def recorded_of(folder, **changes):
     return {
         "format": 1,
         "sources": [source],
-        "tokenizer": "gpt2",
+        "tokenizer": gpt2().name,
+        "tokenizer_sha256": gpt2().sha256,
+        "end_of_text": gpt2().end_token,
         "seed": 42,
         "options": {"reading": {"field": "text"}, "shuffle": True},
         "duplicates_dropped": 1_000,
@@ -333,17 +342,19 @@ def warnings_of(folder):
 def test_a_folder_without_data_json_is_described_by_its_tokens(folder):
     facts, printed = describe(folder)
     assert facts == {
-        "splits": {split: describe_split(folder / f"{split}.safetensors") for split in ("train", "validation")},
+        "splits": {split: describe_split(folder / f"{split}.safetensors", gpt2()) for split in ("train", "validation")},
         "leakage": find_leakage(folder / "train.safetensors", folder / "validation.safetensors"),
     }
     train, held_out = facts["splits"].values()
+    per_token = [f"{split['bytes'] / split['tokens']:.2f} bytes a token" for split in (train, held_out)]
     sequences = facts["leakage"]["sequences"]
     assert sequences == held_out["tokens"] // 32 > 1
+    assert held_out["bytes"] == len(" ".join(f"word {number}" for number in range(40)))
     assert printed == [
         f"train: {train['tokens']:,} tokens in 2 documents, mean length {train['tokens'] / 2:.1f}, "
-        f"longest {held_out['tokens'] - 1}, unigram entropy {train['unigram_entropy']:.3f} nats",
+        f"longest {held_out['tokens'] - 1}, {per_token[0]}, unigram entropy {train['unigram_entropy']:.3f} nats",
         f"validation: {held_out['tokens']:,} tokens in 1 document, mean length {held_out['tokens']}.0, "
-        f"longest {held_out['tokens'] - 1}, unigram entropy {held_out['unigram_entropy']:.3f} nats",
+        f"longest {held_out['tokens'] - 1}, {per_token[1]}, unigram entropy {held_out['unigram_entropy']:.3f} nats",
         f"leakage {sequences} of {sequences} validation sequences of 32 tokens (100.0%) occur in the training tokens",
         "no data.json: it is not known where these tokens come from",
         r"sample 'The cat sat on the mat.\nThen it left.'",
@@ -352,9 +363,16 @@ def test_a_folder_without_data_json_is_described_by_its_tokens(folder):
 
 def test_numbers_have_thousands_separators():
     leaked = {"sequence_length": 32, "sequences": 3_192, "found": 12, "share": 12 / 3_192}
-    counts = {"tokens": 9_876_543, "documents": 4_000, "longest_document": 12_345, "unigram_entropy": 7.65432}
+    counts = {
+        "tokens": 9_876_543,
+        "documents": 4_000,
+        "longest_document": 12_345,
+        "bytes": 43_210_987,
+        "unigram_entropy": 7.65432,
+    }
     assert lines({"splits": {"train": counts}, "leakage": leaked})[:2] == [
-        "train: 9,876,543 tokens in 4,000 documents, mean length 2,469.1, longest 12,345, unigram entropy 7.654 nats",
+        "train: 9,876,543 tokens in 4,000 documents, mean length 2,469.1, longest 12,345, 4.38 bytes a token, "
+        "unigram entropy 7.654 nats",
         "leakage 12 of 3,192 validation sequences of 32 tokens (0.4%) occur in the training tokens",
     ]
 
@@ -377,7 +395,7 @@ def test_the_lines_say_where_the_tokens_come_from(folder):
     _, printed = describe(folder)
     assert printed[3:-1] == [
         f"source cats.txt: 2 documents, 4,321 tokens, 25.0% of all tokens, 1,234 bytes, sha256 {'ab' * 32}",
-        "tokenizer gpt2, seed 42",
+        f"tokenizer gpt2 (sha256 {gpt2().sha256}), seed 42",
         "options field=text, shuffle=True",
         "duplicates dropped: 1,000",
     ]
@@ -401,7 +419,7 @@ def test_a_folder_that_is_as_recorded_gives_no_warning(folder):
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("name", ["tokens", "documents", "longest_document", "unigram_entropy"])
+@pytest.mark.parametrize("name", ["tokens", "documents", "longest_document", "bytes", "unigram_entropy"])
 def test_a_recorded_count_that_differs_gives_a_warning(split, name, folder):
     recorded = record(folder)
     value = recorded["splits"][split][name]
@@ -446,11 +464,11 @@ def test_a_recorded_split_that_is_gone_gives_a_warning(folder):
 
 
 def test_the_sample_is_the_beginning_of_the_first_document_with_text(folder):
-    words = tokenizer.encode(" ".join(f"word {number}" for number in range(100)))
+    words = gpt2().encode(" ".join(f"word {number}" for number in range(100)))
     write(folder / "train.safetensors", [END, END, *words, END])
-    assert describe(folder)[1][-1] == f"sample {tokenizer.decode(words[:60])!r}"
+    assert describe(folder)[1][-1] == f"sample {gpt2().decode(words[:60])!r}"
     write(folder / "train.safetensors", [END, *words[:5], END, *words])
-    assert describe(folder)[1][-1] == f"sample {tokenizer.decode(words[:5])!r}"
+    assert describe(folder)[1][-1] == f"sample {gpt2().decode(words[:5])!r}"
 
 
 @pytest.mark.parametrize("ids", [[], [END], [END] * 3])
@@ -490,7 +508,12 @@ def test_a_data_json_of_another_form_is_refused_before_any_counting(changes, com
 def test_every_line_stays_one_line_whatever_data_json_says(folder):
     evil = "a\nb\x1b[2J"
     source = {"name": evil, "sha256": evil}
-    record(folder, sources=[source], tokenizer=evil, seed=evil, options={evil: [evil]})
+    changes = {"sources": [source], "tokenizer": evil, "seed": evil, "options": {evil: [evil]}}
+    evils = record(folder, **changes, tokenizer_sha256=evil, end_of_text=evil)
+    assert all(line.isprintable() for line in lines(evils))
+    assert refusal(describe, folder).isprintable()  # there is no such tokenizer
+    del evils["tokenizer_sha256"]  # as before there were others than GPT-2's
+    (folder / "data.json").write_text(json.dumps(evils))
     assert all(line.isprintable() for line in describe(folder)[1])
 
 

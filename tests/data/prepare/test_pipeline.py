@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from contextlib import closing, suppress
 
 import numpy as np
@@ -21,11 +21,12 @@ from outside_in.data.prepare.documents import HubDataset, ReadOptions, find_file
 from outside_in.data.prepare.encode import cut
 from outside_in.data.prepare.pipeline import Options, Preparation
 from outside_in.data.prepare.seen import SeenDocuments
-from outside_in.data.token_files import TokenWriter
-from outside_in.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode, encode_to_array, gpt2_encoding
+from outside_in.data.token_files import HEADER_BYTES, TokenWriter
+from outside_in.data.tokenizer import GPT2_VOCAB_SIZE, gpt2, gpt2_encoding
 
 pytestmark = pytest.mark.slow
 
+END = gpt2().end_of_text
 SCRIPTS = [
     "Every effort moves you",
     "Всякое усилие движет тебя",
@@ -85,11 +86,8 @@ def tokens_of(folder, split="train"):
 
 def documents_of(folder, split="train"):
     tokens = tokens_of(folder, split)
-    assert tokens[-1] == END_OF_TEXT
-    return [
-        gpt2_encoding().decode(part.tolist())
-        for part in np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT) + 1)[:-1]
-    ]
+    assert tokens[-1] == END
+    return [gpt2_encoding().decode(part.tolist()) for part in np.split(tokens, np.flatnonzero(tokens == END) + 1)[:-1]]
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def test_half_of_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(st.text())
 def test_any_text_survives_its_encoding(text):
-    assert gpt2_encoding().decode(encode_to_array(text).tolist()) == text
+    assert gpt2_encoding().decode(gpt2().encode(text).tolist()) == text
 
 
 @settings(max_examples=100, deadline=None)
@@ -126,14 +124,15 @@ def test_a_long_document_is_cut_where_its_tokens_do_not_change(parts):
         patch.setattr(batches, "PIECE_CHARACTERS", 7)
         pieces = cut("".join(parts))
     assert "".join(pieces) == "".join(parts)
-    assert [token for piece in pieces for token in encode(piece)] == encode("".join(parts))
+    tokens = gpt2().encode("".join(parts)).tolist()
+    assert [token for piece in pieces for token in gpt2().encode(piece).tolist()] == tokens
 
 
 def test_a_document_of_ten_million_characters_is_one_document(tmp_path):
     text = "Every effort moves you, said 1234 parrots.\n" * 250_000
     prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", ["before", text, "after"]), validation=0)
     tokens = tokens_of(tmp_path / "out")
-    assert (tokens == END_OF_TEXT).sum() == 3
+    assert (tokens == END).sum() == 3
     assert gpt2_encoding().decode(tokens.tolist()) == f"before<|endoftext|>{text}<|endoftext|>after<|endoftext|>"
 
 
@@ -141,8 +140,8 @@ def test_special_text_is_the_token_only_if_asked(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["one<|endoftext|>two"])
     prepare(tmp_path / "text", path, validation=0)
     prepare(tmp_path / "token", path, validation=0, special_tokens=True)
-    assert (tokens_of(tmp_path / "text") == END_OF_TEXT).sum() == 1
-    assert (tokens_of(tmp_path / "token") == END_OF_TEXT).sum() == 2
+    assert (tokens_of(tmp_path / "text") == END).sum() == 1
+    assert (tokens_of(tmp_path / "token") == END).sum() == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"deduplicate": True}], ids=str)
@@ -240,7 +239,7 @@ def test_shuffling_keeps_every_document_and_changes_their_order(tmp_path):
 def test_a_limit_stops_after_the_document_that_reaches_it(tmp_path, limit):
     texts = ["one two three"] * 50
     prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", texts), validation=0, limit_tokens=limit)
-    per_document = len(encode(texts[0])) + 1
+    per_document = len(gpt2().encode(texts[0])) + 1
     assert len(tokens_of(tmp_path / "out")) == -(-limit // per_document) * per_document
 
 
@@ -262,7 +261,7 @@ def test_the_description_counts_what_came_from_where(tmp_path):
 def test_a_header_written_last_is_read_by_the_library(tmp_path):
     for count in (0, 1, 1000):
         writer = TokenWriter(tmp_path / f"{count}.safetensors")
-        writer.append(np.arange(count, dtype=np.uint16) % VOCAB_SIZE)
+        writer.append(np.arange(count, dtype=np.uint16) % GPT2_VOCAB_SIZE)
         writer.finish()
         np.testing.assert_array_equal(load_file(tmp_path / f"{count}.safetensors")["tokens"], np.arange(count))
 
@@ -399,7 +398,7 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path, logged, shuffle):
     text = " ".join(map(str, range(1000)))
     prepare(tmp_path / "out", write_lines(tmp_path / "a.jsonl", [text]), validation=0.1, shuffle=shuffle)
     train, validation = tokens_of(tmp_path / "out"), tokens_of(tmp_path / "out", "validation")
-    assert np.concatenate([train, validation]).tolist() == [*encode(text), END_OF_TEXT]
+    assert np.concatenate([train, validation]).tolist() == [*gpt2().encode(text), END]
     assert len(validation) == round(0.1 * (len(train) + len(validation)))
     held_out = (
         f"one document, whose end is for validation: {len(validation)} tokens of {len(train) + len(validation):,}"
@@ -411,7 +410,7 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path, logged, shuffle):
 def test_of_few_documents_one_is_held_out_if_the_share_rounds_to_one(
     tmp_path, monkeypatch, logged, documents, share, held_out
 ):
-    monkeypatch.setattr(Preparation, "_split_of", lambda self, digest: "train")  # by chance
+    monkeypatch.setattr(pipeline, "split_of", lambda digest, options: "train")  # by chance
     texts = [f"document {i}" for i in range(documents)]
     path = write_lines(tmp_path / "a.jsonl", texts)
     if not held_out:
@@ -439,7 +438,7 @@ def test_a_kill_while_the_end_is_held_out_loses_nothing(tmp_path, monkeypatch, p
         prepare(tmp_path / "out", path, validation=0.1)
     prepare(tmp_path / "out", path, validation=0.1)
     tokens = [*tokens_of(tmp_path / "out"), *tokens_of(tmp_path / "out", "validation")]
-    assert tokens == [*encode(text), END_OF_TEXT]
+    assert tokens == [*gpt2().encode(text), END]
 
 
 # The program
@@ -486,10 +485,11 @@ def test_ctrl_c_and_the_same_command_make_the_same(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [f"{text} {number}" * 20 for number in range(2000) for text in SCRIPTS])
     command = [sys.executable, ROOT / "prepare_data.py", str(tmp_path / "out"), "--text", str(path), "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    interrupt = threading.Timer(1.5, process.terminate)
-    interrupt.start()
+    growing = tmp_path / ".preparing-out" / "train.tokens"
+    while process.poll() is None and not (growing.exists() and growing.stat().st_size > HEADER_BYTES):
+        time.sleep(0.01)
+    process.terminate()
     output, errors = process.communicate(timeout=120)
-    interrupt.cancel()
     assert process.returncode == 143, errors
     assert "the same command resumes" in output
     assert not (tmp_path / "out").exists()
