@@ -66,11 +66,7 @@ class Tokenizer(ABC):
         The end-of-text token in it is ordinary text unless `special`. Half of a surrogate pair, which UTF-8 cannot
         hold, becomes the replacement character.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        first, *others = text.split(self.end_token) if special else [text]
+        first, *others = whole(text).split(self.end_token) if special else [whole(text)]
         arrays = [self._encode(first)]
         for part in others:
             arrays += [[self.end_of_text], self._encode(part)]
@@ -103,9 +99,25 @@ class Tokenizer(ABC):
         lengths[self.end_of_text] = 0  # what ends a document is none of its text
         return lengths
 
-    def count_bytes(self, token_ids: np.ndarray) -> int:
-        """Count the bytes of text that token ids, all below `vocab_size`, stand for. The end of a text has none."""
-        return int(self.bytes_per_id[token_ids].sum())
+    def count_bytes(self, token_ids: np.ndarray, *, is_start: bool = True) -> int:
+        """Count the bytes of text that token ids, all below `vocab_size`, stand for.
+
+        The end of a text has none. `is_start` says whether the first id starts a text.
+        """
+        num_bytes = int(self.bytes_per_id[token_ids].sum())
+        if self.adds_space:  # which is none of the text, at each start of one
+            is_text = np.asarray(token_ids) != self.end_of_text
+            num_bytes -= int((is_text & ~np.append(not is_start, is_text[:-1])).sum())
+        return num_bytes
+
+
+def whole(text: str) -> str:
+    """Return a text that UTF-8 can hold: half of a surrogate pair becomes the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 # GPT-2's

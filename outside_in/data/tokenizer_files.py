@@ -10,13 +10,22 @@ from typing import Any
 import tokenizers
 from tiktoken_ext.openai_public import ENDOFTEXT
 
-from outside_in.data.tokenizer import GPT2_VOCAB_SIZE, MAX_VOCAB_SIZE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, gpt2
+from outside_in.data.tokenizer import (
+    GPT2_VOCAB_SIZE,
+    MAX_VOCAB_SIZE,
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    Tokenizer,
+    gpt2,
+    vocabulary_files,
+)
 from outside_in.storage.strict_json import read_json
 
 MAX_FILE_BYTES = 2**28
 DESCRIPTION = "data.json"  # what prepare_data.py writes beside token files
 MAX_DESCRIPTION_BYTES = 2**28  # there may be a hundred thousand sources
 ENDS_OF_TEXT = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # tried in this order, unless one is named
+RARE = "\N{OLD ITALIC LETTER A}\N{GRINNING FACE}"  # of which few tokenizers have tokens
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of vocabularies in SentencePiece's form
 
 
@@ -27,47 +36,92 @@ class JSONTokenizer(Tokenizer):
     """
 
     def __init__(self, content: bytes, source: str, end_of_text: str | None = None) -> None:
-        try:
-            self._library = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises nothing else
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{source}: expected a {TOKENIZER_FILE} of Hugging Face's tokenizers ({reason})") from None
-        self._library.no_truncation()
-        self._library.no_padding()
+        form, self._library = _parse(content, source)
         vocab = self._library.get_vocab()
         if vocab and max(vocab.values()) >= MAX_VOCAB_SIZE:
             raise ValueError(
                 f"{source}: expected at most {MAX_VOCAB_SIZE:,} ids, which uint16 holds, got id {max(vocab.values()):,}"
             )
-        end = _end_token(vocab, end_of_text, source)
+        end = _end_token(form, vocab, end_of_text, source)
         self._library.add_special_tokens([end])
         self._library.encode_special_tokens = True  # as the text that they are
-        form = json.loads(self._library.to_str())
         token_bytes = _token_bytes(form, vocab, source)
         self.file = content
+        self._form = form
         self.cuts_before_spaces = _cuts_before_spaces(form)
         super().__init__(TOKENIZER_FILE, hashlib.sha256(content).hexdigest(), token_bytes, vocab[end])
-        probe = self._encode("a")
+        try:
+            probe = self._library_ids("a")
+            self._library_ids(RARE)
+            self._breaks_end = self.end_of_text in self._library_ids(end)
+        except BaseException as error:  # a panic of the library is no Exception
+            raise _refusal(error, f"{source}: fails, so that it cannot encode every text; use another") from None
         self.adds_space = self.decode_bytes(probe) == b" a" and self._library.decode(probe) == "a"
 
     def is_gpt2(self) -> bool:
         """Return whether text has the ids that GPT-2 gives it. Special tokens, which no text has, do not count."""
         special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
-        is_same = self.end_token == ENDOFTEXT and self.cuts_before_spaces and not self.adds_space
+        pattern = self._form["pre_tokenizer"]
+        is_same = self.end_token == ENDOFTEXT and self.cuts_before_spaces and not pattern.get("add_prefix_space", True)
         are_special = special >= set(range(GPT2_VOCAB_SIZE, self.vocab_size))
-        return is_same and are_special and self.token_bytes[:GPT2_VOCAB_SIZE] == gpt2().token_bytes
+        same_tokens = is_same and are_special and self.token_bytes[:GPT2_VOCAB_SIZE] == gpt2().token_bytes
+        return same_tokens and [_pair(merge) for merge in self._form["model"]["merges"]] == _gpt2_merges()
 
     def _encode(self, text: str) -> list[int]:
+        if not self._breaks_end or self.end_token not in text:
+            return self._library_ids(text)
+        first, *others = text.split(self.end_token)  # cut in two, it is text
+        parts = [first, *(self.end_token[1:] + other for other in others)]
+        parts[:-1] = [part + self.end_token[0] for part in parts[:-1]]
+        return [i for part in parts for i in self._library_ids(part)]
+
+    def _library_ids(self, text: str) -> list[int]:
         [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)  # releases Python's lock
         return encoding.ids
 
 
-def _end_token(vocab: Mapping[str, int], named: str | None, source: str) -> str:
+def _parse(content: bytes, source: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
+    """Return the form of a tokenizer, and itself, without what depends on chance or on other texts."""
+    try:
+        form = json.loads(content)
+        form |= {"truncation": None, "padding": None}
+        form["model"] |= {"dropout": None} if form["model"].get("dropout") else {}
+        library = tokenizers.Tokenizer.from_str(json.dumps(form))
+        form = json.loads(library.to_str())
+    except BaseException as error:  # a panic of the library is no Exception
+        raise _refusal(error, f"{source}: expected a {TOKENIZER_FILE} of Hugging Face's tokenizers") from None
+    model = form["model"]
+    of_parts = model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")
+    if model["type"] not in ("BPE", "Unigram") or of_parts:
+        kind = f"{model['type']} with marked parts of words" if of_parts else model["type"]
+        raise ValueError(f"{source}: is a {kind}, so it cannot encode every text; use another")
+    return form, library
+
+
+def _refusal(error: BaseException, message: str) -> BaseException:
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        return error
+    return ValueError(f"{message} ({' '.join(str(error).split())[:200]})")
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def _gpt2_merges() -> list[tuple[str, ...]]:
+    lines = vocabulary_files()[1].read_text(encoding="utf-8").split("\n")
+    return [_pair(line) for line in lines if line and not line.startswith("#version")]
+
+
+def _end_token(form: dict[str, Any], vocab: Mapping[str, int], named: str | None, source: str) -> str:
+    added = {token["content"] for token in form["added_tokens"]}
     for token in (named,) if named else ENDS_OF_TEXT:
-        if token in vocab:
+        if token in added or (token in vocab and token in ENDS_OF_TEXT):
             return token
     if named:
-        raise ValueError(f"{source}: has no token {named!r}")
+        if named not in vocab:
+            raise ValueError(f"{source}: has no token {named!r}")
+        raise ValueError(f"{source}: its token {named!r} is ordinary text, so it cannot end one; name a special token")
     raise ValueError(f"{source}: has no end-of-text token such as {ENDOFTEXT} or </s>; name one with --end-of-text")
 
 
@@ -110,7 +164,9 @@ def _kinds(part: dict[str, Any] | None) -> set[str]:
 def _cuts_before_spaces(form: dict[str, Any]) -> bool:
     """Return whether a tokenizer splits text as GPT-2 does before it looks at anything else."""
     first = form["pre_tokenizer"] or {}
-    return form["normalizer"] is None and first.get("type") == "ByteLevel" and first.get("use_regex", True)
+    are_special = all(token["special"] for token in form["added_tokens"])  # else they are found in text before
+    is_gpt2s = first.get("type") == "ByteLevel" and first.get("use_regex", True)
+    return is_gpt2s and are_special and form["normalizer"] is None
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tiktoken_ext.openai_public import ENDOFTEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from outside_in.data.tokenizer import MAX_VOCAB_SIZE, TOKENIZER_FILE
+from outside_in.data.tokenizer import MAX_VOCAB_SIZE, TOKENIZER_FILE, whole
 from outside_in.data.tokenizer_files import JSONTokenizer
 
 MIN_VOCAB_SIZE = 257  # the bytes and the end of a text
@@ -26,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JSONTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(map(_whole, texts), trainer)
+    library.train_from_iterator(map(whole, texts), trainer)
     if (found := library.get_vocab_size()) < vocab_size:
         raise ValueError(f"a tokenizer of {vocab_size:,} ids: the training text supports {found:,}; ask for fewer ids")
     return JSONTokenizer(library.to_str(pretty=True).encode(), TOKENIZER_FILE)
@@ -39,8 +39,3 @@ def check_vocab_size(vocab_size: int) -> None:
             f"a tokenizer of {vocab_size:,} ids: expected from {MIN_VOCAB_SIZE} (the bytes and the end of a text) to "
             f"{MAX_VOCAB_SIZE:,}"
         )
-
-
-def _whole(text: str) -> str:
-    """Return a text that UTF-8 can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -101,7 +101,7 @@ def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> 
 def count_bytes(tokenizer: Tokenizer | None, tokens: np.ndarray) -> int:
     """Count the bytes of the text to predict. Returns 0 when they are not known to be those of a tokenizer."""
     known = tokenizer is not None and tokens.max() < tokenizer.vocab_size
-    return tokenizer.count_bytes(tokens[1:]) if tokenizer and known else 0
+    return tokenizer.count_bytes(tokens[1:], is_start=False) if tokenizer and known else 0
 
 
 def summary(losses: np.ndarray, first: np.ndarray | None, num_bytes: int) -> dict[str, float | None]:

@@ -150,7 +150,7 @@ def bytes_per_token(tokenizer: Tokenizer | None, stream: TokenStream) -> float |
     targets = np.asarray(stream.tokens[1:ENTROPY_SAMPLE])
     if tokenizer is None or stream.objective == "a-to-a" or targets.max() >= tokenizer.vocab_size:
         return None
-    return tokenizer.count_bytes(targets) / targets.size or None
+    return tokenizer.count_bytes(targets, is_start=False) / targets.size or None
 
 
 def reference_losses(model_config: ModelConfig, train: TokenStream, validation: TokenStream | None) -> dict[str, float]:

@@ -27,6 +27,7 @@ from outside_in.weights import host_arrays, read_metadata, save_weights
 
 KINDS = ("gpt2", "bytes", "trained", "llama")
 END = "<|endoftext|>"
+TRAINED = Tokenizer.from_str(trained().file.decode())
 NOT_ORDINARY = (END, "</s>")  # of which the library makes tokens
 ORDINARY = [text for text in TEXTS if not any(token in text for token in NOT_ORDINARY)]
 
@@ -208,7 +209,7 @@ def test_an_imported_run_is_trained_on_text_of_its_own_tokenizer(call_program, s
 
 
 def test_a_vocabulary_and_its_merges_are_a_tokenizer(source, import_run, tmp_path):
-    Tokenizer.from_str(trained().file.decode()).model.save(str(source))
+    TRAINED.model.save(str(source))
     assert {path.name for path in source.iterdir()} >= {"vocab.json", "merges.txt"}
     run, finished = import_run()
     assert "notice" not in finished.stderr
@@ -227,7 +228,7 @@ def test_the_config_says_which_token_ends_a_text(source, end_id, end):
 
 
 def test_the_config_says_which_token_of_a_vocabulary_ends_a_text(source):
-    library = Tokenizer.from_str(trained().file.decode())
+    library = TRAINED
     library.model.save(str(source))
     vocabulary = read(source / "vocab.json")
     (source / "vocab.json").write_text(
@@ -249,8 +250,12 @@ def gpt2s_files(folder):
         shutil.copyfile(file, folder / name)
 
 
+def no_merges(folder):
+    (folder / "vocab.json").write_text(json.dumps(TRAINED.get_vocab()))
+
+
 def wrong_merges(folder):
-    Tokenizer.from_str(trained().file.decode()).model.save(str(folder))
+    TRAINED.model.save(str(folder))
     (folder / "merges.txt").write_text("#version: 0.2\nx yz\n")
 
 
@@ -260,9 +265,10 @@ def wrong_merges(folder):
         (lambda folder: (folder / "tokenizer.json").write_bytes(trained(301).file), "has more ids than its model, 300"),
         (gpt2s_files, "its tokenizer gpt2 (50,257 ids, sha256 1ce16647…) has more ids than its model, 300"),
         (lambda folder: (folder / "tokenizer.json").write_text("["), "tokenizer.json: expected a tokenizer.json of"),
+        (no_merges, "vocab.json: not GPT-2's vocabulary; put its merges.txt or tokenizer.json beside it"),
         (wrong_merges, "vocab.json: no vocabulary that fits merges.txt"),
     ],
-    ids=["one more id", "GPT-2's files", "not JSON", "wrong merges"],
+    ids=["one more id", "GPT-2's files", "not JSON", "no merges", "wrong merges"],
 )
 def test_a_tokenizer_that_does_not_fit_is_one_line_and_leaves_nothing(call_program, source, tmp_path, spoil, words):
     spoil(source)
@@ -287,12 +293,11 @@ def test_gpt2s_tokenizer_is_assumed_for_a_vocabulary_of_its_size(tmp_path, capsy
     assert (f"{name} is assumed" if name else "completes no text") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
-def test_a_folder_with_gpt2s_vocabulary_has_gpt2s_tokenizer(tmp_path, form):
-    if form == "tokenizer.json":
-        (tmp_path / form).write_bytes(content_of(gpt2_library()))
-    else:
-        for name, file in zip(("vocab.json", "merges.txt"), vocabulary_files()):
-            shutil.copyfile(file, tmp_path / name)
+@pytest.mark.parametrize("names", [("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.json",)], ids=", ".join)
+def test_a_folder_with_gpt2s_vocabulary_has_gpt2s_tokenizer(tmp_path, names):
+    if "tokenizer.json" in names:
+        (tmp_path / "tokenizer.json").write_bytes(content_of(gpt2_library()))
+    for file, name in zip(vocabulary_files(), names if "vocab.json" in names else ()):
+        shutil.copyfile(file, tmp_path / name)
     for end_id in (50_256, None):
         assert tokenizer_formats.find(tmp_path, end_id, 50_257) is tokenizer_of("gpt2")

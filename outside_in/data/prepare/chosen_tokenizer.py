@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 
+from tiktoken_ext.openai_public import ENDOFTEXT
+
 from outside_in.data.prepare.encode import Source, digest_of
 from outside_in.data.prepare.progress import Options
 from outside_in.data.prepare.split import TRAIN, split_of, training_bytes
-from outside_in.data.tokenizer import Tokenizer
+from outside_in.data.tokenizer import Tokenizer, whole
 from outside_in.data.tokenizer_files import load
 from outside_in.data.train_tokenizer import check_vocab_size, train_tokenizer
 from outside_in.runtime.log import log
@@ -20,6 +22,10 @@ def chosen_tokenizer(options: Options) -> Tokenizer | None:
     if not options.tokenizer.startswith(TRAIN):
         return load(options.tokenizer, options.end_of_text)
     check_vocab_size(_ids_to_train(options))
+    if options.end_of_text not in (None, ENDOFTEXT):
+        raise ValueError(
+            f"--end-of-text {options.end_of_text}: a tokenizer that is trained ends a text with {ENDOFTEXT}"
+        )
     return None
 
 
@@ -47,22 +53,35 @@ def training_texts(sources: list[Source], options: Options, should_stop: Callabl
     """
     most = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * (options.limit_tokens or math.inf))
     documents = characters = 0
-    any_validation, waiting = not options.validation, ""  # the last document may be held out
+    any_validation, last = not options.validation, ""  # the last document may be held out
+    seen: set[bytes] = set()
     for source in sources:
         for text, _ in source.documents(options.reading, 0):
             if should_stop():
                 raise InterruptedError
+            digest = digest_of(text)
+            if options.deduplicate and digest in seen:
+                continue
+            seen.add(digest)
             documents += 1
-            if split_of(digest_of(text), options) == "validation":
+            if split_of(digest, options) == "validation":
                 any_validation = True
                 continue
-            yield waiting
-            waiting = text
+            yield from pieces(last, options)
+            last = text
             characters += len(text)
             if characters > most:
                 return
     if documents == 1 and not any_validation:
-        content = waiting.encode("utf-8", "replace")
-        yield content[: training_bytes(len(content), options)].decode(errors="ignore")
+        rest = training_bytes(sum(len(piece.encode()) for piece in pieces(last, options)), options)
+        for piece in pieces(last, options):
+            content = piece.encode()[:rest]
+            rest -= len(content)
+            yield content.decode(errors="ignore")
     elif any_validation or not round(documents * options.validation):
-        yield waiting
+        yield from pieces(last, options)
+
+
+def pieces(text: str, options: Options) -> list[str]:
+    """Return a text as it is tokenized: between the ends of texts in it, if they count as such."""
+    return whole(text).split(ENDOFTEXT) if options.special_tokens else [whole(text)]

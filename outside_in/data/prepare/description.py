@@ -83,7 +83,7 @@ def describe_split(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     for start, ids in token_slices(path, tokenizer.vocab_size, leakage.SLICE_TOKENS):
         counts += np.bincount(ids, minlength=counts.size)
         tokens += ids.size
-        num_bytes += tokenizer.count_bytes(ids)
+        num_bytes += tokenizer.count_bytes(ids, is_start=last_end == start - 1)
         ends = np.concatenate([[last_end], start + np.flatnonzero(ids == tokenizer.end_of_text)])
         longest = max(longest, int(np.diff(ends).max(initial=1)) - 1)
         last_end = int(ends[-1])

@@ -54,5 +54,7 @@ def pinned(source: Source, progress_file: Path) -> Source:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     if old["sources"] != new["sources"]:
         return "sources (or they have changed since)"
+    if old.get("tokenizer") != new["tokenizer"] and old["options"].get("tokenizer") == new["options"]["tokenizer"]:
+        return "tokenizer (its file has changed since)"
     changed = [key for key in new["options"] if old["options"].get(key) != new["options"][key]]
     return f"options ({', '.join(changed)})"

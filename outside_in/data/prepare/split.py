@@ -24,11 +24,15 @@ def start_of_held_out(tokens: np.ndarray, documents: int, options: Options, toke
     """Return where the end of the training tokens starts that is held out when no document fell into validation.
 
     Of several documents that is the last one, of a single one as large a share as is asked for: of its tokens, or of
-    its text if the tokenizer was trained on the rest. None when the share is less than one document.
+    its text if the tokenizer was trained on the rest. None when the share is less than one document, or when a limit
+    has cut off documents that the tokenizer was trained on.
     """
-    if documents == 1 and options.tokenizer.startswith(TRAIN):
+    is_trained = options.tokenizer.startswith(TRAIN)
+    if is_trained and options.limit_tokens:
+        return None
+    if documents == 1 and is_trained:
         ends = np.cumsum(tokenizer.bytes_per_id[tokens])
-        return int(np.searchsorted(ends, training_bytes(int(ends[-1]), options)))
+        return int(np.searchsorted(ends, training_bytes(int(ends[-1]), options), side="right"))
     if documents == 1:
         return len(tokens) - round(len(tokens) * options.validation)
     return find_last_document(tokens, tokenizer.end_of_text) if round(documents * options.validation) else None
