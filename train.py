@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.reports.cards import CARDS, COMPILE_ONLY
 from outside_in.runtime import cli
 from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest
@@ -25,6 +26,7 @@ MODES = {  # instead of training: the function that does it, and its help
     "overfit-one-batch": ("overfit.overfit_one_batch", "check that a fresh model can learn the first batch by heart"),
     "find-microbatch": ("memory.find_microbatch", "find the largest microbatch_size that fits, by compiling"),
 }
+DEVICE_MODES = {"check": "check", "find-microbatch": "find_microbatch"}  # of absent_gpu, with --device
 
 
 def main(args: argparse.Namespace) -> int:
@@ -35,6 +37,8 @@ def main(args: argparse.Namespace) -> int:
 
         make_run(args.new, args.like, [str(argument) for argument in (args.run, *args.changes) if argument])
         return cli.DONE
+    if args.device:
+        os.environ |= COMPILE_ONLY
     if args.no_compilation_cache:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # which JAX reads when it is imported
     if args.run is None:
@@ -62,6 +66,10 @@ def check(args: argparse.Namespace) -> None:
             f"--{args.mode}: expected without --from, --accept-changes, --hash-parameters and --debug-checks, "
             "since it trains nothing"
         )
+    if args.device and args.mode not in DEVICE_MODES:
+        raise ValueError(f"--device {args.device}: expected with --check or --find-microbatch, which only compile")
+    if args.devices is not None and (not args.device or args.devices < 1):
+        raise ValueError(f"--devices {args.devices}: expected a positive number, and --device")
     if bool(args.new) != bool(args.like):
         raise ValueError("--new and --like: expected together: --new RUN --like RUN KEY=VALUE …")
     if args.changes and not args.new:
@@ -93,6 +101,12 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
     config = load_config(run.train_config, TrainConfig)
     time_budget = TimeBudget("starting")
     try:
+        if args.device:
+            from outside_in.diagnostics import absent_gpu
+
+            compile_only = getattr(absent_gpu, DEVICE_MODES[args.mode])
+            compile_only(run, model_config, config, args.device, args.devices)
+            return cli.DONE
         if args.mode:
             module, _, function = MODES[args.mode][0].partition(".")
             getattr(importlib.import_module(f"outside_in.diagnostics.{module}"), function)(run, model_config, config)
@@ -184,6 +198,12 @@ def make_parser() -> cli.ArgumentParser:
         modes.add_argument(
             f"--{mode}", dest="mode", action="store_const", const=mode, help=f"{text}, and stop; writes nothing"
         )
+    add(
+        "--device",
+        choices=CARDS,
+        help="with --check or --find-microbatch: compile for a GPU that need not be here",
+    )
+    add("--devices", type=int, metavar="N", help="with --device: how many; else as many as the run's mesh names")
     add = parser.add_argument_group("several processes").add_argument
     add(
         "--distributed",

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from outside_in.runtime import target
+
 LOGIT_BYTES = {"cpu": 2**27, "gpu": 2**32}  # float32, of one chunk: large enough for fast products, else small
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states (B, T, D) to logits (B, T, V); no position sees another
@@ -80,7 +82,7 @@ def _chunks(
     rows = len(hidden_MD)
     assert rows, "a loss needs at least one target"
     vocab_size = jax.eval_shape(unembed, hidden_MD[None, :1]).shape[-1]
-    chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, jax.default_backend())))
+    chunks = -(-rows // (rows_per_chunk or chunk_size(vocab_size, target.platform())))
     if rows_per_chunk is None:
         chunks = max(chunks, min(2, rows))  # also of few rows never all logits
     padding = -rows % chunks

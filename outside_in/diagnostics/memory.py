@@ -1,17 +1,19 @@
 """Whether a training step fits the device's memory, by XLA's count."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model import GPTModel, create_model
 from outside_in.config import ModelConfig, TrainConfig
-from outside_in.data.loader import Batch
+from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
+from outside_in.runtime import target
 from outside_in.runtime.cli import is_out_of_device_memory
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
@@ -26,6 +28,8 @@ def bytes_available() -> float:
 
     On a CPU that is the machine's; infinity when the device does not report it.
     """
+    if there := target.elsewhere():
+        return there.memory_bytes
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return memory_bytes()
@@ -110,8 +114,18 @@ def with_microbatch(config: TrainConfig, size: int) -> TrainConfig:
 def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     """Compile a run's training step; return the device memory that it needs.
 
-    The run need not exist. Infinity when compiling itself, which tries products out on a GPU, runs out of memory.
+    Infinity when compiling itself, which tries products out on a GPU, runs out of memory.
     """
+    try:
+        return compile_for_shapes(model_config, config).bytes_needed
+    except Exception as error:
+        if is_out_of_device_memory(error):
+            return math.inf
+        raise
+
+
+def compile_for_shapes(model_config: ModelConfig, config: TrainConfig) -> Compiled:
+    """Compile a run's training step without a single array. The run need not exist."""
 
     def build() -> tuple[GPTModel, nnx.Optimizer]:
         model = create_model(
@@ -128,13 +142,9 @@ def bytes_needed(model_config: ModelConfig, config: TrainConfig) -> float:
     sequences = config.microbatch_size * mesh.devices.size
     tokens = jax.ShapeDtypeStruct((per_call, sequences, model_config.context_length), np.uint16)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((2,), np.uint32))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    try:
-        return compile_train_step(model, optimizer, batch, key, config, mesh).bytes_needed
-    except Exception as error:
-        if is_out_of_device_memory(error):
-            return math.inf
-        raise
+    batch = jax.tree.map(lambda x, spec: _abstract(x, NamedSharding(mesh, spec)), batch, BATCH_SPECS)
+    key: Any = _abstract(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
+    return compile_train_step(model, optimizer, batch, key, config, mesh)
 
 
 def _abstract(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

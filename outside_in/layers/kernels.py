@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from outside_in.layers.attention import repeat_heads
 from outside_in.layers.cpu_kernels import blockwise_attention, layer_norm
+from outside_in.runtime import target
 
 EPSILON = 1e-5  # of layer norm
 VOCAB_MULTIPLE = {"gpu": 128}  # tensor cores like round numbers: 50,257 becomes 50,304
@@ -25,7 +26,7 @@ def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) ->
     values may have fewer heads, each for as many queries in a row.
     """
     q_BTNH, k_BTNH = (x.astype(v_BTNH.dtype) for x in (q_BTNH, k_BTNH))
-    chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], jax.default_backend())
+    chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], target.platform())
     if chosen == "blocks":
         return blockwise_attention(q_BTNH, *(repeat_heads(x, q_BTNH.shape[2], 2) for x in (k_BTNH, v_BTNH)))
     return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=chosen)
@@ -62,7 +63,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize (…, D)."""
-        if jax.default_backend() != "cpu":
+        if target.platform() != "cpu":
             return super().__call__(x)
         assert self.scale is not None and self.bias is not None  # Flax's norms may do without
         dtype = jnp.result_type(x, self.scale[...], self.bias[...])
@@ -76,5 +77,5 @@ def vocabulary_product(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:
 
     Inside, rows of zeros are added to the table, so that their number is a multiple that tensor cores like.
     """
-    padding = -len(table_VD) % VOCAB_MULTIPLE.get(jax.default_backend(), 1)
+    padding = -len(table_VD) % VOCAB_MULTIPLE.get(target.platform(), 1)
     return (x_MD @ jnp.pad(table_VD, ((0, padding), (0, 0))).T)[:, : len(table_VD)]

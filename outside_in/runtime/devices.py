@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from outside_in.runtime import target
 from outside_in.runtime.compilation_cache import enable_compilation_cache
 
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
@@ -20,6 +21,8 @@ def initialize_devices() -> str:
     returned line replaces it.
     """
     enable_compilation_cache()
+    if target.elsewhere():
+        return f"compiling for {target.devices()[0].device_kind}, which need not be here"
     messages: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -54,7 +57,7 @@ def compiler_options() -> dict[str, bool]:
     """
     option = "xla_gpu_enable_triton_gemm"
     chosen = option in os.environ.get("XLA_FLAGS", "")
-    return {option: False} if jax.default_backend() == "gpu" and not chosen else {}
+    return {option: False} if target.platform() == "gpu" and not chosen else {}
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from outside_in.config import MeshConfig
+from outside_in.runtime import target
 from outside_in.runtime.processes import device_put_global
 from outside_in.storage.text import counted
 
@@ -26,7 +27,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
     -1 takes as many devices as there are. Raises ValueError when there are too few, or some would be left over.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(target.devices(), key=lambda device: (device.process_index, device.id))
     count, fsdp = len(devices), config.fsdp
     data = count // fsdp if config.data == -1 else config.data
     min_devices = count if jax.process_count() > 1 else 1  # one process may leave some of its own unused
@@ -86,9 +87,9 @@ def place(module: Any, mesh: Mesh) -> None:
 def describe_mesh(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> list[str]:
     """Return lines that say how arrays, by name and shape, are sharded."""
     count = mesh.devices.size
-    if count == 1 and jax.device_count() == 1:
+    if count == len(target.devices()) == 1:
         return []
-    left = jax.device_count() - count
+    left = len(target.devices()) - count
     unused = f"; {left} more are not used" if left else ""
     lines = [f"mesh    {counted(count, 'device')}: data {mesh.shape[DATA]} × fsdp {mesh.shape[FSDP]}{unused}"]
     if mesh.shape[FSDP] == 1:
