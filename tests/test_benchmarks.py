@@ -10,6 +10,8 @@ import shapes
 from helpers import CONTEXT_LENGTH, VOCAB_SIZE, complaint, random_tokens
 from safetensors.numpy import save_file
 
+from outside_in.reports.cards import COMPILE_ONLY
+
 pytestmark = pytest.mark.slow
 
 STEPS = 3
@@ -156,3 +158,47 @@ def test_what_follows_two_dashes_is_for_the_programs(monkeypatch):
     assert shapes.split_arguments() == (["a", "b", "--pairs", "3"], ["--shape", "S"])
     monkeypatch.setattr("sys.argv", ["compare.py", "a", "b"])
     assert shapes.split_arguments() == (["a", "b"], [])
+
+
+PROGRAM = """
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> f32[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %dot.1 = bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}
+  ROOT %copy.2 = bf16[64,16]{1,0} copy(%dot.1)
+}
+"""
+
+
+def test_a_roofline_of_a_compiled_program_can_be_compared_with_another(call_program, monkeypatch, tmp_path):
+    for name in COMPILE_ONLY:
+        monkeypatch.setenv(name, "")  # the program sets them; they shall not outlive the test
+    (tmp_path / "before.hlo").write_text(PROGRAM)
+    one_copy_more = "\n  ROOT %copy.3 = bf16[64,16]{1,0} copy(%copy.2)\n}"
+    (tmp_path / "now.hlo").write_text(PROGRAM.replace("ROOT ", "").replace("\n}", one_copy_more))
+    rates = ["--tflops", 1e-6, "--terabytes", 1e-6]  # a million operations and bytes a second
+
+    def roofline(name, *more):
+        finished = call_program("roofline", "--hlo", tmp_path / name, *ARGUMENTS, *rates, *more)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    roofline("before.hlo", "--json", tmp_path / "before.json")
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert before["kinds"] == {
+        "products": {"milliseconds": 65.536, "kernels": 1, "gigabytes": 7.168e-6, "teraflops": 65.536e-9},
+        "copies": {"milliseconds": pytest.approx(4.096), "kernels": 1, "gigabytes": 4.096e-6, "teraflops": 0},
+    }
+    assert before["bound_milliseconds"] == pytest.approx(65.536 + 4.096)
+    assert list(before["each"])[1] == "copies: copy bf16[64,16]{1,0}"
+    compared = roofline("now.hlo", "--vs", tmp_path / "before.json")
+    assert "69.63 ms before, 73.73 now" in compared
+    assert compared.splitlines()[-1].split() == [
+        "+4.096",
+        "+1",
+        "+0.00",
+        "+0.00",
+        "copies:",
+        "copy",
+        "bf16[64,16]{1,0}",
+    ]

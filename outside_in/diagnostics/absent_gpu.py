@@ -111,15 +111,15 @@ def describe(account: Account, model: ModelConfig, config: TrainConfig, card: Ca
     )
     if account.endless:
         lines.append(f"WARNING {counted(account.endless, 'loop')} of unknown length counted once")
-    at_best = Bound.of(account, Rates.of(card))
-    as_reached = Bound.of(account, Rates.of(card, REACHED_BYTES, REACHED_FLOPS))
-    shares = {"operations": at_best.computing, "bytes": at_best.moving, "other devices": at_best.sending}
-    waits = ", ".join(f"{part / at_best.total:.0%} for {what}" for what, part in shares.items() if part)
-    lines.append(f"bound   {_speed(at_best, model, config, card)}; waits {waits}")
-    lines.append(
-        f"        {_speed(as_reached, model, config, card)}: with {REACHED_FLOPS:.0%} of the operations and "
-        f"{REACHED_BYTES:.0%} of the bandwidth, as an H200 reached them"
-    )
+    bound = Bound.of(account, Rates.of(card))
+    shares = {"operations": bound.computing, "bytes": bound.moving, "other devices": bound.sending}
+    waits = ", ".join(f"{seconds / bound.total:.0%} {what}" for what, seconds in shares.items() if seconds)
+    slower = Bound.of(account, Rates.of(card, REACHED_BYTES, REACHED_FLOPS))
+    reached = f"at {REACHED_FLOPS:.0%} of the operations and {REACHED_BYTES:.0%} of the bandwidth, as an H200 reached"
+    lines += [
+        f"bound   {bound.total * 1e3:,.1f} ms a step ({waits}): {_speed(bound, model, config, card)}",
+        f"        {slower.total * 1e3:,.1f} ms {reached}: {_speed(slower, model, config, card)}",
+    ]
     return [*lines, *_sent(account, Rates.of(card)), f"note    {NOT_IN_IT}"]
 
 
@@ -136,7 +136,7 @@ def _speed(bound: Bound, model: ModelConfig, config: TrainConfig, card: Card) ->
     speed = tokens_per_global_step(model, config, devices) / bound.total
     share = mfu(speed / devices, model, card.device_kind, config.precision)
     steps = steps_per_epoch(model, config, known_data(config).tokens, devices)
-    line = f"{bound.total * 1e3:,.1f} ms a step, at most {round(speed, -3):,.0f} tokens/s, MFU {share:.1%}"
+    line = f"at most {round(speed, -3):,.0f} tokens/s, MFU {share:.1%}"
     return line + (f", the run {timedelta(seconds=round(steps * config.epochs * bound.total))}" if steps else "")
 
 

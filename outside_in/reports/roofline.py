@@ -139,7 +139,6 @@ def _walk(program: Program, computation: Computation, times: int) -> Iterator[Ke
 
 def _run(program: Program, computation: Computation, x: Instruction, times: int) -> Iterator[Kernel | Send | None]:
     """Yield what one instruction starts."""
-    called = [program.computations[name] for attribute in CALLS for name in x.computations(attribute)]
     if x.opcode == "while":
         trips = re.search(r'known_trip_count":\{"n":"(\d+)"', x.attributes)
         if not trips:
@@ -155,12 +154,18 @@ def _run(program: Program, computation: Computation, x: Instruction, times: int)
         branches = [list(_walk(program, program.computations[name], times)) for name in names]
         yield from max(branches, key=lambda items: sum(i.times * i.bytes for i in items if isinstance(i, Kernel)))
     elif x.opcode in ("call", "async-start"):
-        yield from _walk(program, called[0], times)
+        yield from _walk(program, _called(program, x), times)
     elif x.opcode in ("fusion", "fusion-start"):
-        flops = _flops_within(program, called[0])
-        yield Kernel(PRODUCTS if flops[0] else PASSES, x.name, x.type, times, fusion_bytes(called[0]), *flops)
+        body = _called(program, x)
+        flops = _flops_within(program, body)
+        yield Kernel(PRODUCTS if flops[0] else PASSES, x.name, x.type, times, fusion_bytes(body), *flops)
     elif not x.opcode.endswith("-done"):
         yield _kernel(computation, x, times)
+
+
+def _called(program: Program, x: Instruction) -> Computation:
+    """Return the computation that a call or a fusion runs."""
+    return next(program.computations[name] for attribute in CALLS for name in x.computations(attribute))
 
 
 def _send(kind: str, computation: Computation, x: Instruction, times: int, beside: list[Kernel]) -> Send:
@@ -243,8 +248,11 @@ def _flops_within(program: Program, computation: Computation) -> tuple[float, fl
     """Sum the operations of the products in a fused computation."""
     flops, float32_flops = 0.0, 0.0
     for x in computation.instructions.values():
-        inner = [_dot_flops(computation.operands(x), x)] if x.opcode == "dot" else []
-        for attribute in CALLS:
-            inner += [_flops_within(program, program.computations[name]) for name in x.computations(attribute)]
-        flops, float32_flops = flops + sum(f for f, _ in inner), float32_flops + sum(f for _, f in inner)
+        if x.opcode == "dot":
+            inner = _dot_flops(computation.operands(x), x)
+        elif x.opcode in ("fusion", "call"):
+            inner = _flops_within(program, _called(program, x))
+        else:
+            continue
+        flops, float32_flops = flops + inner[0], float32_flops + inner[1]
     return flops, float32_flops
