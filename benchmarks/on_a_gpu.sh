@@ -5,6 +5,7 @@
 #
 #   smoke    a run (RUN, else runs/quickstart) left alone, twice, and one stopped with Ctrl-C and resumed, bit for bit; losses against the CPU's
 #   speed    GPT-2 small in bfloat16 by microbatch (MICROBATCHES, else 8 16 32 64); memory foretold and real
+#   memory   what a step needs: foretold for a card that is not there (DEVICE, else h100), by XLA on this one, and the real peak
 #   loop     train.py itself at that shape, with checkpoints
 #   trace    kernels of a step by their time (MICROBATCH, else 16), and the compiled program
 #   peers    against torch.compile in interleaved pairs (MICROBATCH, else 32; ATTENTION of PyTorch, else flash)
@@ -65,6 +66,20 @@ speed() {
     tail -n 1 "$folder/speed.jsonl" | $python -c "import json, sys
 report = json.loads(sys.stdin.read())
 print($microbatch, *(f'{key} {report[key]:,.3f}' for key in ('tokens_per_second', 'mfu', 'product_tflops', 'needed_device_bytes', 'peak_device_bytes', 'first_step_seconds')))"
+  done
+}
+
+memory() {
+  for options in "--microbatch 8" "--microbatch 32" "--microbatch 32 --remat blocks" "--microbatch 8 --precision float32"; do
+    # shellcheck disable=SC2086
+    $python benchmarks/roofline.py $shape $options --device "${DEVICE:-h100}" --rows 0 --json "$folder/foretold.json" >/dev/null
+    # shellcheck disable=SC2086
+    $python benchmarks/throughput.py $shape $options --steps 3 >"$folder/real.json"
+    $python -c "import json, sys
+foretold, real = (json.load(open(name)) for name in sys.argv[2:])
+print(json.dumps({'options': sys.argv[1], 'foretold_bytes': foretold['needed_device_bytes'],
+    'needed_bytes': real['needed_device_bytes'], 'peak_bytes': real['peak_device_bytes']}))" \
+      "$options" "$folder/foretold.json" "$folder/real.json" | tee -a "$folder/memory.jsonl"
   done
 }
 
