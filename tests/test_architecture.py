@@ -23,7 +23,16 @@ FLOORS = [
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split(",")}
 PROGRAMS = len(FLOORS)
 MAX_ROOT_FILES = 12
-WITHOUT_JAX = ["storage", "config", "reports/charts", "runtime/cli", "runtime/signals", "data/prepare"]
+WITHOUT_JAX = [
+    "storage",
+    "config",
+    "reports/charts",
+    "reports/cards",
+    "reports/roofline",
+    "runtime/cli",
+    "runtime/signals",
+    "data/prepare",
+]
 
 
 def floor(module):
