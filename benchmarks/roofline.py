@@ -23,7 +23,7 @@ from outside_in.reports.roofline import Account, Bound, Rates, account
 from outside_in.runtime import cli
 from outside_in.storage.run_directory import RunDirectory
 
-SUFFIX = re.compile(r"(\.remat\d*|\.clone|[.\d]+)+$")  # of an instruction's name
+SUFFIX = re.compile(r"(\.remat\w*|\.clone|[.\d]+)+$")  # of an instruction's name
 SUMS = ("milliseconds", "kernels", "gigabytes", "teraflops")
 TABLES = ("kinds", "each")
 HEADER = f"{'ms':>9} {'kernels':>7} {'GB':>8} {'TFLOP':>7}  "

@@ -17,7 +17,7 @@ from outside_in.reports.cards import CARDS, COMPILE_ONLY
 from outside_in.runtime import target
 
 HAS_WHEELS = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-needs_wheels = pytest.mark.skipif(not HAS_WHEELS, reason="needs JAX's CUDA wheels: uv run --group cuda")
+SKIP_WITHOUT_WHEELS = pytest.mark.skipif(not HAS_WHEELS, reason="needs JAX's CUDA wheels: uv run --group cuda")
 
 LAYERS, WIDTH, HEADS, LENGTH, VOCAB, PADDED_VOCAB = 2, 128, 2, 64, 101, 128
 SEQUENCES, MICROBATCHES = 2, 3
@@ -29,6 +29,10 @@ TRAIN = {
     "precision": "bfloat16",
     "mesh": {},
 }
+
+
+def needs_wheels(test):
+    return pytest.mark.slow(SKIP_WITHOUT_WHEELS(test))
 
 
 @pytest.fixture(autouse=True)
