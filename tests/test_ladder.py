@@ -84,7 +84,9 @@ def test_the_rungs_are_all_there_and_each_has_its_readme(ladder):
     assert [folder.name for folder in folders] == RUNGS
     for folder in folders:
         text = (folder / "README.md").read_text()
-        assert re.fullmatch(rf"# {folder.name}\n\n\*\*New:\*\* .+\n\n\*\*Expect:\*\* .*\d.*\n(\n\*\*Writes:\*\* `.+`\n)?", text)
+        assert re.fullmatch(
+            rf"# {folder.name}\n\n\*\*New:\*\* .+\n\n\*\*Expect:\*\* .*\d.*\n(\n\*\*Writes:\*\* `.+`\n)?", text
+        )
 
 
 def test_the_reference_rungs_have_their_published_sizes():
