@@ -8,6 +8,8 @@ import codecs
 import functools
 import hashlib
 import importlib.metadata
+import itertools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,9 @@ GPT2_VOCAB_SIZE = 50_257
 PADDED = 2**10  # ids with which people round GPT-2's vocabulary up, at most
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+LONG_WHITE_SPACE = re.compile(  # Unicode's, which is \s in the pattern; Python's \s has more
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}"
+)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
@@ -130,7 +135,21 @@ class GPT2Tokenizer(Tokenizer):
         super().__init__("gpt2", VOCAB_BPE_SHA256, token_bytes, encoding.eot_token)
 
     def _encode(self, text: str) -> np.ndarray:
-        return gpt2_encoding().encode_to_numpy(text, disallowed_special=())  # releases Python's lock
+        encode = functools.partial(gpt2_encoding().encode_to_numpy, disallowed_special=())  # releases Python's lock
+        try:
+            return encode(text)
+        except ValueError:  # a million spaces in a row are too many for tiktoken's pattern, unless the text ends there
+            return np.concatenate([encode(piece) for piece in cut_in_white_space(text)])
+
+
+def cut_in_white_space(text: str) -> list[str]:
+    r"""Cut a text before the last character of each long run of white space, unless the text ends there.
+
+    GPT-2's pattern begins a new piece there, as `\s+(?!\S)` leaves that character to what follows. So the tokens stay
+    the same.
+    """
+    cuts = [match.end() - 1 for match in LONG_WHITE_SPACE.finditer(text) if match.end() < len(text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def vocabulary_files() -> tuple[Path, Path]:
