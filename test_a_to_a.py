@@ -6,6 +6,7 @@ This is a program, not a pytest test.
 import argparse
 from pathlib import Path
 
+from outside_in.inference.prompt import add_special_tokens, notice_end
 from outside_in.runtime import cli
 
 # The first verse of "The Rime of the Ancient Mariner", Samuel Taylor Coleridge, 1834.
@@ -24,7 +25,8 @@ def main(args: argparse.Namespace) -> int:
     initialize_devices()
     path = find_weights(args.model)
     model, tokenizer = load_saved_model(path), need_tokenizer(path)
-    token_ids = tokenizer.encode(args.text).tolist()
+    notice_end(tokenizer, args.text, args.special_tokens)
+    token_ids = tokenizer.encode(args.text, special=bool(args.special_tokens)).tolist()
     if not token_ids:
         raise ValueError("--text: expected some text, got none")
     predicted = likeliest_outputs(model, token_ids, tokenizer.vocab_size)
@@ -38,6 +40,7 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Check that a model maps a text to itself: exit code 0 if it does, 1 if not.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
     parser.add_argument("--text", default=POEM, help="text to map (the first verse of The Rime of the Ancient Mariner)")
+    add_special_tokens(parser)
     return parser
 
 

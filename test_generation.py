@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from outside_in.inference.prompt import add_special_tokens, notice_end, read_prompt
 from outside_in.runtime import cli
 
 
 def main(args: argparse.Namespace) -> int:
     check(args)
+    prompt = read_prompt(args.prompt_file or "-") if args.prompt_file or args.prompt == "-" else args.prompt
     # With JAX, which takes seconds to import: not for a usage error.
     from outside_in.inference.generation import Sampling, generate, stream
     from outside_in.inference.load import find_weights, load_saved_model, need_tokenizer
@@ -21,7 +23,8 @@ def main(args: argparse.Namespace) -> int:
     initialize_devices()
     path = find_weights(args.model)
     model, tokenizer = load_saved_model(path), need_tokenizer(path)
-    prompt_ids = tokenizer.encode(args.prompt, special=args.special_tokens).tolist() or [tokenizer.end_of_text]
+    notice_end(tokenizer, prompt, args.special_tokens)
+    prompt_ids = tokenizer.encode(prompt, special=bool(args.special_tokens)).tolist() or [tokenizer.end_of_text]
     context_length = model.config.context_length
     if len(prompt_ids) >= context_length:
         raise ValueError(
@@ -35,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
     options = {"sampling": sampling, "seed": args.seed, "stop_id": stop_id}
     if args.samples == 1:
         parts = (part[0].tolist() for part in stream(model, prompt_ids, args.tokens, **options))
-        print_completion(args.prompt, tokenizer.decode_stream(parts, stop_id))
+        print_completion(prompt, tokenizer.decode_stream(parts, stop_id))
     else:  # several come together, so each is printed when all are complete
         for completion in generate(model, prompt_ids, args.tokens, args.samples, **options):
-            print_completion(args.prompt, tokenizer.decode_stream([completion.tolist()], stop_id))
+            print_completion(prompt, tokenizer.decode_stream([completion.tolist()], stop_id))
     return cli.DONE
 
 
@@ -71,8 +74,16 @@ def check(args: argparse.Namespace) -> None:
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser("Complete a prompt.")
     parser.add_argument("model", type=Path, help="a run (its best checkpoint), a checkpoint, or a model.safetensors")
-    parser.add_argument(
-        "--prompt", default="Every effort moves you", help="(Every effort moves you); '': start a new text"
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt",
+        default="Every effort moves you",
+        help="(Every effort moves you); '': start a new text; -: read standard input",
+    )
+    prompt.add_argument(
+        "--prompt-file",
+        metavar="PATH",
+        help="read the prompt from a file, without its last line end; -: standard input",
     )
     parser.add_argument("--tokens", type=int, default=50, help="number of tokens to add (50)")
     parser.add_argument(
@@ -87,9 +98,7 @@ def make_parser() -> cli.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--samples", type=int, default=1, help="number of completions (1)")
-    parser.add_argument(
-        "--special-tokens", action="store_true", help="read <|endoftext|> in the prompt as the token that ends a text"
-    )
+    add_special_tokens(parser)
     parser.add_argument("--ignore-end", action="store_true", help="continue after the end of a text")
     return parser
 

@@ -20,7 +20,8 @@ from outside_in.runtime import cli
 
 def main(args: argparse.Namespace) -> int:
     files = find_files(args.text)
-    texts = [text for file in files for text, _ in file.documents(ReadOptions(args.field), 0)]
+    documents = (text for file in files for text, _ in file.documents(ReadOptions(args.field), 0))
+    texts = [text for text in documents if isinstance(text, str)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ratios, ours, bare = [], [], []
     for _ in range(args.pairs):

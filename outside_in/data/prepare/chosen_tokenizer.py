@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 
 from tiktoken_ext.openai_public import ENDOFTEXT
 
-from outside_in.data.prepare.encode import Source, digest_of
+from outside_in.data.prepare.documents import Source
+from outside_in.data.prepare.encode import digest_of
 from outside_in.data.prepare.progress import Options
+from outside_in.data.prepare.rows import Bad
 from outside_in.data.prepare.split import TRAIN, split_of, training_bytes
 from outside_in.data.tokenizer import Tokenizer, whole
 from outside_in.data.tokenizer_files import load
@@ -59,6 +61,8 @@ def training_texts(sources: list[Source], options: Options, should_stop: Callabl
         for text, _ in source.documents(options.reading, 0):
             if should_stop():
                 raise InterruptedError
+            if not text or isinstance(text, Bad):
+                continue
             digest = digest_of(text)
             if options.deduplicate and digest in seen:
                 continue

@@ -5,7 +5,7 @@ Counted from the token files, which may be larger than memory, and compared with
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from outside_in.storage.text import counted
 
 SPLITS = ("train", "validation")
 SAMPLE_TOKENS = 60
+MAX_SOURCE_LINES = 10  # more would push the summary off the screen
+MAX_REASONS = 12
 SOURCE_FACTS = {
+    "split": "for {:.64}",
     "documents": "{:,} documents",
     "tokens": "{:,} tokens",
     "share": "{:.1%} of all tokens",
@@ -61,11 +64,12 @@ def lines(description: dict[str, Any]) -> list[str]:
         return [*facts, f"no {DESCRIPTION}: it is not known where these tokens come from"]
     return [
         *facts,
-        *(f"source {_printable(source['name'])}: {_source_facts(source)}" for source in description["sources"]),
+        *_source_lines(description["sources"]),
         f"tokenizer {_printable(description['tokenizer'])}{_sha256(description)}, "
         f"seed {_printable(description['seed'])}",
         f"options {', '.join(_option_texts(description['options'])) or 'none'}",
         "duplicates: not checked" if dropped is None else f"duplicates dropped: {dropped:,}",
+        *_dropped_lines(description),
     ]
 
 
@@ -137,6 +141,31 @@ def _read_recorded(path: Path) -> dict[str, Any]:
             f"{path}: expected what prepare_data.py writes, got another form ({reason}); prepare the data again"
         ) from None
     return recorded
+
+
+def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
+    if len(sources) > MAX_SOURCE_LINES:
+        size = sum(source.get("size_bytes") or 0 for source in sources)
+        return [f"sources: {len(sources):,}, {size:,} bytes, listed in {DESCRIPTION}"]
+    return [f"source {_printable(source['name'])}: {_source_facts(source)}" for source in sources]
+
+
+def _dropped_lines(description: dict[str, Any]) -> Iterator[str]:
+    """Yield what was left out: documents, and files."""
+    if empty := description.get("empty_dropped"):
+        yield f"empty documents dropped: {empty:,}"
+    if bad := description.get("bad_dropped"):
+        yield f"bad documents dropped: {bad:,}, the first: {_printable(description.get('first_bad'))}"
+    if left_out := description.get("left_out"):
+        yield f"left out: {listed_counts(left_out)}"
+
+
+def listed_counts(counts: Mapping[str, int]) -> str:
+    """Return in words how much was left out, by suffix or reason, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    texts = [f"{count:,} {_printable(what)}" for what, count in ordered[:MAX_REASONS]]
+    rest = sum(count for _, count in ordered[MAX_REASONS:])
+    return ", ".join([*texts, f"{rest:,} others"] if rest else texts)
 
 
 def _source_facts(source: dict[str, Any]) -> str:

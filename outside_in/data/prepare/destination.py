@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 from typing import TextIO
 
+from outside_in.data.prepare.compression import named_compression
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
-from outside_in.data.prepare.encode import Source
+from outside_in.data.prepare.documents import Source
+from outside_in.data.prepare.formats import PARQUET, suffix_of
 from outside_in.data.tokenizer import TOKENIZER_FILE
 
+PREPARING = ".preparing-"  # before the name of a folder that is not complete
 PROGRESS_FILE, LOCK = "progress.json", "lock"
 BYTES_PER_TOKEN = 4.5  # of English
 COMPRESSION = 3.0
@@ -33,8 +36,7 @@ def check_place(out: Path, overwrite: bool) -> None:
 def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copies: int) -> None:
     """Raise ValueError when the disk clearly has too little space."""
     text_bytes = sum(
-        (source.size_bytes or 0) * (COMPRESSION if Path(source.name).suffix in (".gz", ".zst", ".parquet") else 1)
-        for source in sources
+        (source.size_bytes or 0) * (COMPRESSION if _is_compressed(source.name) else 1) for source in sources
     )
     tokens = min(text_bytes / BYTES_PER_TOKEN, limit_tokens or float("inf"))
     needed = 2 * tokens * copies
@@ -45,6 +47,23 @@ def check_space(out: Path, sources: list[Source], limit_tokens: int | None, copi
             f"{out}: expected about {needed / 2**30:.2f} GiB of free disk space, got {free / 2**30:.2f} GiB; "
             "free some, use another disk, or use --limit-tokens"
         )
+
+
+def unfinished_folders(out: Path) -> list[Path]:
+    """List the hidden folders of other preparations beside this one that no process works on."""
+    others = []
+    for folder in sorted(out.absolute().parent.glob(f"{PREPARING}*")):
+        if folder.name != f"{PREPARING}{out.name}" and (folder / LOCK).is_file():
+            try:
+                lock(folder / LOCK, folder).close()
+            except (OSError, ValueError):
+                continue
+            others.append(folder)
+    return others
+
+
+def _is_compressed(name: str) -> bool:
+    return named_compression(name) is not None or suffix_of(name) in PARQUET
 
 
 def lock(path: Path, out: Path) -> TextIO:

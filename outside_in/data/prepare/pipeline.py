@@ -7,7 +7,7 @@ saved there every few seconds. A new start cuts the token files to it and resume
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 from outside_in.data.prepare import description
 from outside_in.data.prepare.chosen_tokenizer import chosen_tokenizer, trained_tokenizer
 from outside_in.data.prepare.description import DESCRIPTION, SPLITS
-from outside_in.data.prepare.destination import LOCK, PROGRESS_FILE, check_place, check_space, lock
-from outside_in.data.prepare.encode import Batch, Source, ahead, batches
-from outside_in.data.prepare.leakage import find_leakage
-from outside_in.data.prepare.progress import Options, Progress, difference, pinned
+from outside_in.data.prepare.destination import LOCK, PREPARING, PROGRESS_FILE, check_place, check_space, lock
+from outside_in.data.prepare.documents import Source
+from outside_in.data.prepare.encode import EMPTY, Batch, Encoded, ahead, batches
+from outside_in.data.prepare.finish import hold_out_the_end, lacking, record
+from outside_in.data.prepare.progress import Options, Progress, command_of, difference, pinned
 from outside_in.data.prepare.seen import SeenDocuments
-from outside_in.data.prepare.split import split_of, start_of_held_out
-from outside_in.data.token_files import TokenWriter, shuffle_documents, written_tokens
+from outside_in.data.prepare.split import split_of
+from outside_in.data.token_files import TokenWriter, shuffle_documents
 from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from outside_in.data.tokenizer_files import load
 from outside_in.runtime.log import log
@@ -37,17 +38,24 @@ SECONDS_BETWEEN_SAVES = 10
 class Preparation:
     """The folder in which token files grow, open in one process. Raises ValueError when another process has it."""
 
-    def __init__(self, out: Path, sources: list[Source], options: Options, *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        sources: list[Source],
+        options: Options,
+        *,
+        overwrite: bool,
+        validation_sources: Sequence[Source] = (),
+        left_out: Mapping[str, int] | None = None,
+    ) -> None:
         check_place(out, overwrite)
         self.out, self.options = out, options
         self._tokenizer = chosen_tokenizer(options)
-        self.folder = out.with_name(f".preparing-{out.name}")
-        self.sources = [pinned(source, self.folder / PROGRESS_FILE) for source in sources]
-        self.command = {
-            "options": asdict(options),
-            "sources": [{"name": source.name, "version": source.version} for source in self.sources],
-            "tokenizer": self._tokenizer and self._tokenizer.identity,
-        }
+        self.folder = out.with_name(f"{PREPARING}{out.name}")
+        self.sources = pinned([*validation_sources, *sources], self.folder / PROGRESS_FILE)
+        self.num_for_validation = len(validation_sources)  # they come first, so that a limit leaves them whole
+        self.left_out = dict(left_out or {})
+        self.command = command_of(options, self.sources, self._tokenizer) | {"validation": self.num_for_validation}
         if not self.folder.exists():
             check_space(out, self.sources, options.limit_tokens, copies=2 if options.shuffle else 1)
         self._seen: SeenDocuments | None = None
@@ -98,7 +106,12 @@ class Preparation:
             )
         if (self.folder / TOKENIZER_FILE).exists():
             self._tokenizer = load(self.folder, self.options.end_of_text)
-        self.splits = SPLITS if self.options.validation else SPLITS[:1]
+        if self.progress.bad and not self.options.reading.skip_bad:
+            raise ValueError(
+                f"{self.out}: was started with --skip-bad, which has left out {self.progress.bad:,} documents; "
+                "type the same command again, or start over with --overwrite"
+            )
+        self.splits = SPLITS if self.options.validation or self.num_for_validation else SPLITS[:1]
         self._saved_at = time.monotonic()
         if (self.folder / DESCRIPTION).exists():  # it only lacks its name
             return
@@ -137,7 +150,8 @@ class Preparation:
         if self.progress.all_read:
             return
         try:
-            self._tokenizer = self._tokenizer or trained_tokenizer(self.sources, self.options, should_stop)
+            for_training = self.sources[self.num_for_validation :]
+            self._tokenizer = self._tokenizer or trained_tokenizer(for_training, self.options, should_stop)
         except InterruptedError:
             return
         except ValueError:
@@ -154,12 +168,12 @@ class Preparation:
                     self.tokenizer,
                     first=self.progress.source,
                     skip=self.progress.documents_of_source,
-                    special_tokens=self.options.special_tokens,
+                    special_tokens=bool(self.options.special_tokens),
                 )
                 for batch in ahead(coming, workers):
                     if should_stop():
                         break
-                    if self._is_full() or not self._write(batch):
+                    if not self._write(batch):
                         self.progress.all_read = True
                         break
                     show(batch.bytes_read, self)
@@ -171,8 +185,12 @@ class Preparation:
                 pool.shutdown(cancel_futures=True)
                 self.save_progress()
 
-    def _is_full(self) -> bool:
-        return self.options.limit_tokens is not None and self.num_tokens >= self.options.limit_tokens
+    def _is_full(self, source: int) -> bool:
+        """Return whether the limit is reached, which validation text of its own does not count for."""
+        if self.options.limit_tokens is None or source < self.num_for_validation:
+            return False
+        tokens = self.writers["train"].num_tokens if self.num_for_validation else self.num_tokens
+        return tokens >= self.options.limit_tokens
 
     def _write(self, batch: Batch) -> bool:
         """Append a batch's documents; return False when the limit is reached."""
@@ -183,23 +201,48 @@ class Preparation:
             progress.per_source.append({"documents": 0, "tokens": 0})
         of_source = progress.per_source[batch.source]
         try:
-            documents = batch.documents()
+            documents = list(batch.documents())
         except ValueError as error:
-            first, last = progress.documents_of_source + 1, progress.documents_of_source + len(batch.digests)
+            first, last = progress.documents_of_source + 1, progress.documents_of_source + len(batch.facts)
             where = f"{self.sources[batch.source].name}: one of documents {first:,} to {last:,}"
             raise ValueError(f"{where} cannot be tokenized ({error}); leave it out") from error
-        for digest, tokens in documents:
-            if self._is_full():
+        for document in documents:
+            if self._is_full(batch.source):
                 return False
-            if self._seen and not self._seen.add(digest, progress.documents):
-                progress.duplicates += 1
-            else:
-                self.writers[split_of(digest, self.options)].append(tokens)
+            if not self._is_dropped(document):
+                named = SPLITS[batch.source < self.num_for_validation] if self.num_for_validation else None
+                self.writers[named or split_of(document.digest, self.options)].append(document.tokens)
                 of_source["documents"] += 1
-                of_source["tokens"] += len(tokens)
+                of_source["tokens"] += len(document.tokens)
+                progress.ends_in_text += document.ends_in_text
             progress.documents += 1
             progress.documents_of_source += 1
         return True
+
+    def _is_dropped(self, document: Encoded) -> bool:
+        """Return whether a document is left out, and count why."""
+        progress = self.progress
+        if document.dropped is EMPTY:
+            progress.empty += 1
+        elif document.dropped:
+            progress.bad += 1
+            progress.first_bad = progress.first_bad or document.dropped.reason
+        elif self._seen and not self._seen.add(document.digest, progress.documents):
+            progress.duplicates += 1
+        else:
+            return False
+        return True
+
+    def give_up(self) -> None:
+        """After an error, remove the hidden folder if nothing is in it, else name it."""
+        if not self.folder.exists():
+            return
+        if self.progress.documents:
+            done = counted(self.progress.documents, "document")
+            log.info(f"{done}: kept in {self.folder}; the same command resumes, or remove that folder")
+        else:
+            self._close_files()
+            shutil.rmtree(self.folder)
 
     def save_progress(self) -> None:
         """Save the progress, after the tokens that it counts."""
@@ -231,15 +274,11 @@ class Preparation:
         return read_json(self.out / DESCRIPTION, description.MAX_BYTES)
 
     def _complete(self, show: Callable[[int], None]) -> None:
-        self._hold_out_the_end()
+        hold_out_the_end(self)
         for split, writer in self.writers.items():
             if not writer.num_tokens:
-                count = sum(source["documents"] for source in self.progress.per_source)
                 shutil.rmtree(self.folder)  # the same command could not go on either
-                raise ValueError(
-                    f"{self.out}: none of {counted(count, 'document')} is in {split}; use --validation "
-                    f"{min(50, -(-300 // max(1, count)))}%, split the text with --separator, or use --validation 0"
-                )
+                raise ValueError(lacking(self, split))
         if self._seen:
             self._seen.close()
         for split, writer in self.writers.items():
@@ -253,49 +292,8 @@ class Preparation:
         log.info("hashing sources, counting tokens, checking for train/validation overlap")
         _write_json(self.folder / DESCRIPTION, self._describe(show))
 
-    def _hold_out_the_end(self) -> None:
-        """Move the last training tokens to validation, where no document fell."""
-        train, validation = (self.writers.get(split) for split in SPLITS)
-        if train is None or validation is None or validation.num_tokens:
-            return
-        train.fsync()
-        tokens = written_tokens(train.path)
-        documents = sum(source["documents"] for source in self.progress.per_source)
-        start = start_of_held_out(tokens, documents, self.options, self.tokenizer) if documents else None
-        if start is None:
-            return
-        what = "one document, whose end is" if documents == 1 else "few documents, of which the last is"
-        log.info(f"{what} for validation: {counted(len(tokens) - start, 'token')} of {len(tokens):,}")
-        validation.append(tokens[start:])
-        train.num_tokens = start
-        self.save_progress()  # before tokens are cut off: a kill loses none
-        train.close()
-        self.writers["train"] = TokenWriter(train.path, start)
-
     def _describe(self, show: Callable[[int], None]) -> dict[str, Any]:
-        paths = {split: self.folder / f"{split}.safetensors" for split in self.splits}
-        with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(lambda source: source.sha256(), self.sources))
-        counts = self.progress.per_source  # a limit may have left the last sources out
-        total = sum(source["tokens"] for source in counts)
-        sources = [
-            {"name": source.name, "revision": source.revision, "size_bytes": source.size_bytes, "sha256": sha256}
-            | count
-            | {"share": count["tokens"] / total}
-            for source, sha256, count in zip(self.sources, hashes, counts)
-        ]
-        return {
-            "format": 1,
-            "sources": sources,
-            "splits": {split: description.describe_split(path, self.tokenizer) for split, path in paths.items()},
-            "tokenizer": self.tokenizer.name,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "end_of_text": self.tokenizer.end_token,
-            "seed": self.options.seed,
-            "options": asdict(self.options),
-            "duplicates_dropped": self.progress.duplicates if self.options.deduplicate else None,
-            "leakage": find_leakage(*paths.values(), progress=show) if len(paths) == 2 else None,
-        }
+        return record(self, show)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
