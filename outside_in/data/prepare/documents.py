@@ -9,7 +9,7 @@ from typing import Any
 from outside_in.data.prepare.compression import BLOCK_BYTES, named_compression
 from outside_in.data.prepare.description import listed_counts
 from outside_in.data.prepare.files import File
-from outside_in.data.prepare.folders import EMPTY, HIDDEN, full_suffix, looks_held_out, walk
+from outside_in.data.prepare.folders import EMPTY, HIDDEN, TWICE, full_suffix, looks_held_out, walk
 from outside_in.data.prepare.formats import POSSIBLE, SURE, suffix_of
 from outside_in.data.prepare.hub_dataset import HubDataset
 from outside_in.data.prepare.places import Local, Piped, Remote, is_remote, remote
@@ -43,6 +43,7 @@ class FileSearch:
         Raises ValueError when a path does not exist, a file is empty or of another format, or a folder has none.
         """
         visited: set[tuple[int, int]] = set()
+        paths = list(paths)
         found: dict[str, tuple[File, str]] = {}  # by name; with the part of it that is below a folder
         plain: dict[str, File] = {}  # by name without the suffix of a compression
         for file, inner in itertools.chain.from_iterable(self._below(path, visited) for path in paths):
@@ -61,6 +62,9 @@ class FileSearch:
             plain[name] = file
             found[file.name] = file, inner
         files = [file for file, _ in found.values()]
+        if not files:
+            first = paths[0].name if isinstance(paths[0], Piped) else paths[0]
+            raise ValueError(f"{first}: expected text, but all of it is left out: {listed_counts(self.left_out)}")
         if not for_validation:
             _notice_held_out({file.name: inner for file, inner in found.values()})
         return files
@@ -69,7 +73,7 @@ class FileSearch:
         """Return the file at a path, or those of documents below it, and their names below it."""
         if isinstance(path, Piped):
             return [(_not_empty(File(path)), path.name)]
-        before = self.left_out.copy()
+        before, is_first = self.left_out.copy(), not visited
         path = path.removeprefix("file://") if isinstance(path, str) else path
         if is_remote(str(path)):
             inside = _remote_files(str(path))
@@ -85,6 +89,8 @@ class FileSearch:
         if taken := [(file, name) for file, name in inside if self._is_taken(file, name)]:
             return taken
         left_out = self.left_out - before
+        if TWICE in left_out and not is_first:
+            return []
         raise ValueError(
             f"{path}: expected files that end in {' '.join(sorted(SURE | POSSIBLE))} (also .gz, .bz2, .xz, .zst), "
             f"found none below it{f' (left out: {listed_counts(left_out)})' if left_out else ''}"

@@ -40,7 +40,8 @@ BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }
 JSON_ROWS = re.compile(r"\[\s*\{\s*[\"}]")  # how an array of objects begins
 PIPES = STANDARD_INPUT, PIPE = "standard input", "pipe"  # names of what has none
-MANY = 0.05  # share of bytes
+PRINTABLE = bytes(range(0x20, 0x7F))
+MANY, MOST = 0.1, 0.25  # shares of bytes that are not UTF-8: of text, and of what is none
 
 
 def suffix_of(name: str) -> str:
@@ -118,7 +119,7 @@ def check_encoding(start: bytes, name: str, compression: str | None = None, *, w
         raise ValueError(f"{name}: expected UTF-8 text, got {encoding}; convert it: {command}")
     if b"\0" not in start:
         return
-    if _share_of_invalid(start) > MANY:
+    if _share_of_invalid(start) > MOST:
         raise ValueError(f"{name}: expected UTF-8 text, got binary data; leave it out, or make text of it")
     if not with_nuls:
         raise ValueError(has_nul(start.index(b"\0"), name, compression))
@@ -134,7 +135,7 @@ def not_utf8(content: bytes, error: UnicodeDecodeError, position: int, name: str
     """Return the complaint about text that is not UTF-8: a few bytes of it, or all of it."""
     where = f"byte {position + error.start:,} is 0x{content[error.start]:02x}"
     around = content[max(0, error.start - PROBE_BYTES) : error.start + PROBE_BYTES]
-    rare = len(around) * _share_of_invalid(around) < 3 or _share_of_invalid(around) <= 2 * MANY
+    rare = len(around) * _share_of_invalid(around) < 3 or _share_of_invalid(around) <= MANY
     encoding = _encoding_without_mark(content[:PROBE_BYTES]) or "ENCODING"
     command = conversion(f"iconv -f {encoding} -t UTF-8", name)
     remedy = "convert it, or use --errors replace" if rare else f"it is in another encoding; convert it: {command}"
@@ -163,16 +164,12 @@ def _share_of_invalid(content: bytes) -> float:
 def _encoding_without_mark(content: bytes) -> str | None:
     """Return UTF-16LE or UTF-16BE if text without a byte order mark is one of them.
 
-    The NULs of its spaces, digits and line ends are on one side. Of text that is also valid UTF-8, such as Latin and
-    Cyrillic, so are the blocks of its letters, whose numbers are small.
+    The NULs of its spaces, digits and line ends are on one side, and its bytes are less printable than those of ASCII.
     """
     content = content[: len(content) // 2 * 2]
-    sides = content[::2], content[1::2]
-    nuls = [side.count(0) for side in sides]
-    if not any(nuls) or max(nuls) < 0.95 * sum(nuls):
-        return None
-    blocks = sides[nuls[1] > nuls[0]]
-    if _share_of_invalid(content) <= MANY and sum(block <= 0x20 for block in blocks) < 0.9 * len(blocks):
+    nuls = content[::2].count(0), content[1::2].count(0)
+    printable = len(content) - len(content.translate(None, PRINTABLE))
+    if not any(nuls) or max(nuls) < 0.95 * sum(nuls) or printable > 0.7 * len(content):
         return None
     encoding = "UTF-16BE" if nuls[0] > nuls[1] else "UTF-16LE"
     try:
