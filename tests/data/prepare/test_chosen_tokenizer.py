@@ -29,7 +29,7 @@ from outside_in.data.prepare.split import split_of
 from outside_in.data.tokenizer_files import folder_tokenizer, load
 
 KINDS = ("gpt2", "bytes", "trained", "llama")
-TEXTS = [*PROSE, "", "Всякое усилие", "🦜 三\0", "<|endoftext|></s>", "  two  spaces  "]
+TEXTS = [*PROSE, "Всякое усилие", "🦜 三\0", "<|endoftext|></s>", "  two  spaces  "]
 COMMON = "the quick brown fox jumps over the lazy dog and runs away from "
 RARE = "zebrafish "
 END = "<|endoftext|>"
