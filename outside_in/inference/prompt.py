@@ -3,10 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outside_in.data.prepare.formats import PROBE_BYTES, STANDARD_INPUT, check_encoding
-from outside_in.data.tokenizer import Tokenizer
 from outside_in.storage.text import counted
+
+if TYPE_CHECKING:  # it needs NumPy, which a usage error does not wait for
+    from outside_in.data.tokenizer import Tokenizer
 
 MAX_BYTES = 2**24  # no context is so long
 
@@ -41,7 +44,7 @@ def add_special_tokens(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def notice_end(tokenizer: Tokenizer, text: str, special: bool | None) -> None:
+def notice_end(tokenizer: "Tokenizer", text: str, special: bool | None) -> None:
     """Tell on standard error of the text of a special token, if the option says neither."""
     if special is None and (count := text.count(tokenizer.end_token)):
         times = counted(count, "time")
