@@ -1,7 +1,7 @@
 """The tokenizer of a preparation: one that exists, or one trained on the training documents."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tiktoken_ext.openai_public import ENDOFTEXT
 
@@ -38,25 +38,33 @@ def _ids_to_train(options: Options) -> int:
     return int(count)
 
 
-def trained_tokenizer(sources: list[Source], options: Options, should_stop: Callable[[], bool]) -> Tokenizer:
+def trained_tokenizer(
+    sources: list[Source], options: Options, should_stop: Callable[[], bool], held_out: Sequence[Source] = ()
+) -> Tokenizer:
     """Train a tokenizer on the training documents.
 
     Raises ValueError when their text supports fewer ids, and InterruptedError when it should stop.
     """
     vocab_size = _ids_to_train(options)
     log.info(f"training a tokenizer of {vocab_size:,} ids on the training documents")
-    return train_tokenizer(training_texts(sources, options, should_stop), vocab_size)
+    return train_tokenizer(training_texts(sources, options, should_stop, held_out), vocab_size)
 
 
-def training_texts(sources: list[Source], options: Options, should_stop: Callable[[], bool]) -> Iterator[str]:
+def training_texts(
+    sources: list[Source], options: Options, should_stop: Callable[[], bool], held_out: Sequence[Source] = ()
+) -> Iterator[str]:
     """Yield the text that a tokenizer is trained on: that of the training documents, up to `MAX_CHARACTERS`.
 
+    Without duplicates, it has no document of `held_out` either, validation text of its own.
     Raises InterruptedError when it should stop.
     """
     most = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * (options.limit_tokens or math.inf))
     documents = characters = 0
     any_validation, last = not options.validation, ""  # the last document may be held out
     seen: set[bytes] = set()
+    if options.deduplicate:
+        texts = (text for source in held_out for text, _ in source.documents(options.reading, 0))
+        seen.update(digest_of(text) for text in texts if isinstance(text, str))
     for source in sources:
         for text, _ in source.documents(options.reading, 0):
             if should_stop():

@@ -150,8 +150,8 @@ class Preparation:
         if self.progress.all_read:
             return
         try:
-            for_training = self.sources[self.num_for_validation :]
-            self._tokenizer = self._tokenizer or trained_tokenizer(for_training, self.options, should_stop)
+            held_out, sources = self.sources[: self.num_for_validation], self.sources[self.num_for_validation :]
+            self._tokenizer = self._tokenizer or trained_tokenizer(sources, self.options, should_stop, held_out)
         except InterruptedError:
             return
         except ValueError:
