@@ -73,6 +73,24 @@ def test_generation_samples_50_tokens_at_temperature_0_7_by_default(call_program
     assert by_default.returncode == 0 and by_default.stdout == asked_for.stdout != greedy.stdout
 
 
+@pytest.mark.parametrize("option", ["--prompt-file", "-"])
+def test_a_prompt_comes_from_a_file_or_standard_input(repeating, tmp_path, option):
+    (tmp_path / "prompt.txt").write_text("Every effort moves you\n")
+    arguments = ("--prompt-file", tmp_path / "prompt.txt") if option != "-" else ("--prompt", "-")
+    with (tmp_path / "prompt.txt").open() as prompt:
+        finished = run_program("test_generation.py", repeating, *arguments, "--tokens", 2, *GREEDY, stdin=prompt)
+    assert finished.stdout == "Every effort moves you you you\n", finished.stderr
+
+
+def test_special_text_in_a_prompt_is_noticed(call_program, repeating):
+    options = ("--prompt", "you<|endoftext|>", "--tokens", 1)
+    noticed = call_program("test_generation", repeating, *options)
+    assert noticed.stderr.startswith(
+        "notice: '<|endoftext|>' is in the text 1 time, as ordinary text; --special-tokens"
+    )
+    assert call_program("test_generation", repeating, *options, "--no-special-tokens").stderr == ""
+
+
 def test_generation_samples_with_a_seed(call_program, forgetful):
     options = ("--tokens", 5, "--temperature", 1, "--top-k", 50, "--samples", 2, "--seed", 3)
     first, again = (call_program("test_generation", forgetful, *options) for _ in range(2))
