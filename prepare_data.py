@@ -159,9 +159,8 @@ def seed(text: str) -> int:
     return value
 
 
-def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Turn text into token files, with GPT-2's tokenizer or another.")
-    parser.add_argument("folder", nargs="?", type=Path, help="the folder to create")
+def add_sources(parser: cli.ArgumentParser) -> None:
+    """Add the options that say which text it is, and how documents are found in it."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
@@ -172,15 +171,6 @@ def make_parser() -> cli.ArgumentParser:
     )
     source.add_argument("--hub", metavar="DATASET", help="stream a dataset of the Hugging Face Hub")
     source.add_argument("--describe", type=Path, metavar="FOLDER", help="count what is in token files, and stop")
-    parser.add_argument(
-        "--tokenizer",
-        default="gpt2",
-        metavar="TOKENIZER",
-        help="gpt2 (default), bytes, the path of a tokenizer.json, or train:N: train one of N ids on this text",
-    )
-    parser.add_argument(
-        "--end-of-text", metavar="TOKEN", help="the token of a tokenizer.json that ends a text (<|endoftext|>, </s>, …)"
-    )
     parser.add_argument("--config", help="Hub config name, such as sample-10BT")
     parser.add_argument("--split", default="train", help="Hub split (train)")
     parser.add_argument(
@@ -198,6 +188,21 @@ def make_parser() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out documents that cannot be read, and count them"
+    )
+
+
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description="Turn text into token files, with GPT-2's tokenizer or another.")
+    parser.add_argument("folder", nargs="?", type=Path, help="the folder to create")
+    add_sources(parser)
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="TOKENIZER",
+        help="gpt2 (default), bytes, the path of a tokenizer.json, or train:N: train one of N ids on this text",
+    )
+    parser.add_argument(
+        "--end-of-text", metavar="TOKEN", help="the token of a tokenizer.json that ends a text (<|endoftext|>, </s>, …)"
     )
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(
