@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from outside_in.config import MIN_FLOAT32
 from outside_in.inference.prompt import add_special_tokens, notice_end, read_prompt
 from outside_in.runtime import cli
 
@@ -65,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--temperature: expected 0 (greedy) or a positive number, got {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p: expected a share above 0, at most 1, got {args.top_p}")
-    if args.temperature == 0 and (args.samples > 1 or args.top_k or args.top_p):
+    if args.temperature < MIN_FLOAT32 and (args.samples > 1 or args.top_k or args.top_p):
         raise ValueError(
             "--samples, --top-k and --top-p need a --temperature above 0: greedy completions are all the same"
         )

@@ -15,6 +15,9 @@ from outside_in.storage.text import counted
 
 OnResume = Literal["fatal", "announced", "free"]
 
+MAX_COUNT = 10**15  # more than any machine holds: what is computed from counts stays within float64
+MIN_FLOAT32 = 2.0**-126  # devices take smaller ones for 0
+
 
 def key(on_resume: OnResume, default: Any = ..., **limits: Any) -> Any:
     """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits."""
@@ -59,8 +62,8 @@ class ModelConfig(Config):
     """
 
     vocab_size: int = key("fatal", ge=2, le=65_536)  # token ids are uint16
-    context_length: int = key("fatal", ge=1)
-    emb_dim: int = key("fatal", ge=1)
+    context_length: int = key("fatal", ge=1, le=MAX_COUNT)
+    emb_dim: int = key("fatal", ge=1)  # what fits into memory limits it
     n_heads: int = key("fatal", ge=1)
     n_layers: int = key("fatal", ge=0, le=1_000)  # they are compiled one by one
     qkv_bias: bool = key("fatal")
@@ -101,8 +104,8 @@ class MeshConfig(Config):
     Sequences are sharded over both, parameters over `fsdp`; -1 takes the devices that are left.
     """
 
-    data: int = key("free", -1, ge=-1)
-    fsdp: int = key("free", 1, ge=1)
+    data: int = key("free", -1, ge=-1, le=MAX_COUNT)
+    fsdp: int = key("free", 1, ge=1, le=MAX_COUNT)
 
     @model_validator(mode="after")
     def some_devices(self) -> Self:
@@ -115,21 +118,21 @@ class TrainConfig(Config):
     """`train.json`: data, batch geometry, optimizer and housekeeping of one run."""
 
     dataset: str = key("fatal", min_length=1)
-    microbatch_size: int = key("fatal", ge=1)  # sequences on each device
-    gradient_accumulation_steps: int = key("fatal", ge=1)
-    min_train_tokens: int = key("fatal", ge=-1)  # per epoch; -1: all of them
+    microbatch_size: int = key("fatal", ge=1, le=MAX_COUNT)  # sequences on each device
+    gradient_accumulation_steps: int = key("fatal", ge=1, le=MAX_COUNT)
+    min_train_tokens: int = key("fatal", ge=-1, le=MAX_COUNT)  # per epoch; -1: all of them
     learning_rate: Float32 = key("announced", gt=0, le=1e3)  # the schedule's peak
 
     initial_weights: str | None = key(
         "fatal", None, min_length=1
     )  # a model.safetensors, from here or from the run; None: random
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
-    microbatches_per_call: int | None = key("fatal", None, ge=1)  # None: all of a global step
-    epochs: int = key("fatal", 1, ge=1)
+    microbatches_per_call: int | None = key("fatal", None, ge=1, le=MAX_COUNT)  # None: all of a global step
+    epochs: int = key("fatal", 1, ge=1, le=MAX_COUNT)
     shuffle: bool = key("fatal", True)  # the first epoch too: neighbors in a file are alike, a poor batch
-    start_train_token: int = key("fatal", 0, ge=0)
-    start_val_token: int = key("announced", 0, ge=0)
-    val_tokens: int = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
+    start_train_token: int = key("fatal", 0, ge=0, le=MAX_COUNT)
+    start_val_token: int = key("announced", 0, ge=0, le=MAX_COUNT)
+    val_tokens: int = key("announced", 65_536, ge=-1, le=MAX_COUNT)  # at most this many; 0: no validation; -1: all
     weight_decay: Float32 = key("announced", 0.01, ge=0)
     weight_decay_on: Literal["all", "matrices"] = key("announced", "all")  # matrices: not biases and norms
     beta2: Float32 = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
@@ -138,12 +141,12 @@ class TrainConfig(Config):
     drop_rate: Float32 = key("announced", 0.0, ge=0, lt=1)
     seed: int = key("fatal", 42, ge=0, lt=2**31)
     precision: Literal["float32", "bfloat16"] = key("announced", "float32")
-    loss_rows_per_chunk: int | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
+    loss_rows_per_chunk: int | None = key("announced", None, ge=1, le=MAX_COUNT)  # of logits at a time; None: by shape and device
     remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, slower
-    checkpoint_interval: int = key("free", 250, ge=1)  # global steps
+    checkpoint_interval: int = key("free", 250, ge=1, le=MAX_COUNT)  # global steps
     checkpoint_first_step: bool = key("free", False)  # also one after the first step, to compare later ones with
-    keep_checkpoints: int | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
-    max_consecutive_rejections: int = key("free", 10, ge=1)
+    keep_checkpoints: int | None = key("free", 3, ge=1, le=MAX_COUNT)  # newest ones, beside best; None: all
+    max_consecutive_rejections: int = key("free", 10, ge=1, le=MAX_COUNT)
     sample_prompt: str = key("free", "Every effort moves you", min_length=1)
     mesh: MeshConfig = key("free", MeshConfig())
 

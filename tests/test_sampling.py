@@ -171,6 +171,15 @@ def test_a_low_temperature_is_greedy(model):
     np.testing.assert_array_equal(generate(model, PROMPT, num_tokens=8, sampling=Sampling(1e-4)), greedy)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-45, 1e-38, 1.17e-38, 2.0**-126, 1.2e-38, 1e-30])
+@pytest.mark.parametrize("restricted", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_no_temperature_is_too_low(model, temperature, restricted):
+    greedy = generate(model, PROMPT, num_tokens=8)
+    sampling = Sampling(temperature, **restricted)
+    drawn = generate(model, PROMPT, num_tokens=8, num_samples=2, sampling=sampling)
+    np.testing.assert_array_equal(drawn, np.tile(greedy, (2, 1)))
+
+
 def test_tokens_that_left_the_context_have_no_influence(model):
     tail = random_tokens(CONTEXT_LENGTH, seed=1).tolist()
     texts = [random_tokens(5, seed=seed).tolist() + tail for seed in (2, 3)]

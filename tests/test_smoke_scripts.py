@@ -154,6 +154,7 @@ def test_a_missing_file_is_one_line_and_exit_code_2(call_program, program, tmp_p
         (*GREEDY, "--top-p", 0.5),
         ("--seed", -1),
         ("--temperature", -1),
+        ("--temperature", 1e-38, "--samples", 2),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from model import GPTModel
+from outside_in.config import MIN_FLOAT32
 from outside_in.layers.attention import cached_attention
 from outside_in.layers.kernels import causal_attention
 
@@ -31,7 +32,7 @@ Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, 
 class Sampling:
     """How the next token is chosen.
 
-    It is the likeliest (`temperature` 0 or None), or drawn at a temperature. `top_k` keeps that many of the likeliest
+    It is the likeliest (`temperature` None, 0, or what float32 makes 0), or drawn at a temperature. `top_k` keeps that many of the likeliest
     tokens, then `top_p` the likeliest ones whose probabilities add up to it.
     """
 
@@ -70,8 +71,13 @@ def stream(
     assert prompt_ids, "a completion needs a prompt of at least one token"
     graph, params = nnx.split(model)
     context_length = model.config.context_length
+    is_drawn = sampling.temperature is not None and sampling.temperature >= MIN_FLOAT32
     all_of_it = sampling.top_p == 1  # to rounding, a sum of float32 would end before its last terms
-    sampling = replace(sampling, temperature=sampling.temperature or None, top_p=None if all_of_it else sampling.top_p)
+    sampling = replace(
+        sampling,
+        temperature=sampling.temperature if is_drawn else None,
+        top_p=None if all_of_it else sampling.top_p,
+    )
     text = np.array([prompt_ids[-context_length:]], np.int32)
     size = _padded(text.shape[1] + num_tokens, context_length)
     ended, cache, made = np.zeros(num_samples, bool), None, 0
@@ -192,6 +198,7 @@ def decode(
             chosen_B = logits_BV.argmax(axis=-1)
         else:
             keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + i))(samples_B)
+            logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # so that no temperature makes the largest infinite
             chosen_B = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BV, sampling))
         chosen_B = jnp.where(ended_B, stop_id, chosen_B).astype(jnp.int32)
         return cache, chosen_B, ended_B | (chosen_B == stop_id), tokens_BC.at[:, i].set(chosen_B)
