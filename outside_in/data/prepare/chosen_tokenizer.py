@@ -60,7 +60,7 @@ def training_texts(
     """
     most = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * (options.limit_tokens or math.inf))
     documents = characters = 0
-    any_validation, last = not options.validation, ""  # the last document may be held out
+    any_validation, last, held_out = not options.validation, "", ""  # the last document may be held out
     seen: set[bytes] = set()
     if options.deduplicate:
         texts = (text for source in held_out for text, _ in source.documents(options.reading, 0))
@@ -77,16 +77,17 @@ def training_texts(
             seen.add(digest)
             documents += 1
             if split_of(digest, options) == "validation":
-                any_validation = True
+                any_validation, held_out = True, text
                 continue
             yield from pieces(last, options)
             last = text
             characters += len(text)
             if characters > most:
                 return
-    if documents == 1 and not any_validation:
-        rest = training_bytes(sum(len(piece.encode()) for piece in pieces(last, options)), options)
-        for piece in pieces(last, options):
+    if documents == 1:  # of a single one, only the end is held out, wherever chance has put it
+        only = pieces(last or held_out, options)
+        rest = training_bytes(sum(len(piece.encode()) for piece in only), options)
+        for piece in only:
             content = piece.encode()[:rest]
             rest -= len(content)
             yield content.decode(errors="ignore")

@@ -19,23 +19,33 @@ if TYPE_CHECKING:
 
 
 def hold_out_the_end(preparation: "Preparation") -> None:
-    """Move the last training tokens to validation, where no document fell."""
-    train, validation = (preparation.writers.get(split) for split in SPLITS)
-    if train is None or validation is None or validation.num_tokens or preparation.num_for_validation:
+    """Move the last training tokens to validation, where no document fell; of a single document, always its end."""
+    writers, documents = preparation.writers, sum(s["documents"] for s in preparation.progress.per_source)
+    if len(writers) == 1 or preparation.num_for_validation or not documents:
         return
-    train.fsync()
-    tokens, options = written_tokens(train.path), preparation.options
-    documents = sum(source["documents"] for source in preparation.progress.per_source)
-    start = start_of_held_out(tokens, documents, options, preparation.tokenizer) if documents else None
+    if documents == 1 and not writers["train"].num_tokens:  # chance has put all of it into validation
+        _move(preparation, "validation", "train", 0)
+    if writers["validation"].num_tokens:
+        return
+    writers["train"].fsync()
+    tokens = written_tokens(writers["train"].path)
+    start = start_of_held_out(tokens, documents, preparation.options, preparation.tokenizer)
     if start is None:
         return
     what = "one document, whose end is" if documents == 1 else "few documents, of which the last is"
     log.info(f"{what} for validation: {counted(len(tokens) - start, 'token')} of {len(tokens):,}")
-    validation.append(tokens[start:])
-    train.num_tokens = start
+    _move(preparation, "train", "validation", start)
+
+
+def _move(preparation: "Preparation", split: str, other: str, start: int) -> None:
+    """Move the tokens of a split from `start` on to the other one."""
+    writer = preparation.writers[split]
+    writer.fsync()
+    preparation.writers[other].append(written_tokens(writer.path)[start:])
+    writer.num_tokens = start
     preparation.save_progress()  # before tokens are cut off: a kill loses none
-    train.close()
-    preparation.writers["train"] = TokenWriter(train.path, start)
+    writer.close()
+    preparation.writers[split] = TokenWriter(writer.path, start)
 
 
 def lacking(preparation: "Preparation", split: str) -> str:
@@ -45,10 +55,10 @@ def lacking(preparation: "Preparation", split: str) -> str:
     if preparation.num_for_validation or not count:
         dropped = f"{progress.empty:,} empty, {progress.bad:,} bad, {progress.duplicates:,} duplicates"
         return f"{preparation.out}: expected documents for {split}, got none ({dropped}); give it other text"
-    return (
-        f"{preparation.out}: none of {counted(count, 'document')} is in {split}; use --validation "
-        f"{min(50, -(-300 // count))}%, split the text with --separator, or use --validation 0"
-    )
+    remedy = f"--validation {min(50, -(-300 // count))}%, split the text with --separator, or use --validation 0"
+    if split == "train":
+        remedy = f"another --seed, or a smaller --validation than {preparation.options.validation:.2%}"
+    return f"{preparation.out}: none of {counted(count, 'document')} is in {split}; use {remedy}"
 
 
 def record(preparation: "Preparation", show: Callable[[int], None]) -> dict[str, Any]:
