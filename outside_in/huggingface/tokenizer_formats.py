@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tiktoken_ext.openai_public import ENDOFTEXT
 from tokenizers import decoders, models, pre_tokenizers
 
 from outside_in.config import ModelConfig
@@ -15,6 +16,7 @@ from outside_in.data.tokenizer_files import MAX_FILE_BYTES, byte_alphabet, from_
 from outside_in.storage.strict_json import read_json
 
 GPT2_FILES = ("vocab.json", "merges.txt")
+ADDED_TOKENS = "added_tokens.json"
 
 
 def find(folder: Path, end_id: Any, vocab_size: int) -> Tokenizer | None:
@@ -62,6 +64,10 @@ def _byte_level(vocabulary: Path, merges: Path, end_id: Any) -> Tokenizer:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     end = library.id_to_token(end_id) if isinstance(end_id, int) and end_id >= 0 else None
+    if end_id == library.get_vocab_size():  # an added token, by default GPT-2's
+        path = vocabulary.with_name(ADDED_TOKENS)
+        added = read_json(path) if path.is_file() else {}
+        end = next((token for token, i in added.items() if i == end_id), ENDOFTEXT)
     if end:
         library.add_special_tokens([end])
     return from_file(library.to_str(pretty=True).encode(), str(vocabulary), end)
