@@ -110,6 +110,10 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
         if args.mode:
             module, _, function = MODES[args.mode][0].partition(".")
             getattr(importlib.import_module(f"outside_in.diagnostics.{module}"), function)(run, model_config, config)
+            if args.mode == "check":
+                from outside_in.training.resume_checks import check_newest
+
+                check_newest(run, model_config, config)
             return cli.DONE
         with lock(run, args):
             log.info("starting")

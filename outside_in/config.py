@@ -40,6 +40,7 @@ def _max_norm(value: float) -> float:
     return value if value > 1 else _as_float32(value)
 
 
+Count = Annotated[int, Field(le=MAX_COUNT)]
 Float32 = Annotated[float, AfterValidator(_as_float32)]
 MaxNorm = Annotated[float, AfterValidator(_max_norm)]
 
@@ -62,7 +63,7 @@ class ModelConfig(Config):
     """
 
     vocab_size: int = key("fatal", ge=2, le=65_536)  # token ids are uint16
-    context_length: int = key("fatal", ge=1, le=MAX_COUNT)
+    context_length: Count = key("fatal", ge=1)
     emb_dim: int = key("fatal", ge=1)  # what fits into memory limits it
     n_heads: int = key("fatal", ge=1)
     n_layers: int = key("fatal", ge=0, le=1_000)  # they are compiled one by one
@@ -104,8 +105,8 @@ class MeshConfig(Config):
     Sequences are sharded over both, parameters over `fsdp`; -1 takes the devices that are left.
     """
 
-    data: int = key("free", -1, ge=-1, le=MAX_COUNT)
-    fsdp: int = key("free", 1, ge=1, le=MAX_COUNT)
+    data: Count = key("free", -1, ge=-1)
+    fsdp: Count = key("free", 1, ge=1)
 
     @model_validator(mode="after")
     def some_devices(self) -> Self:
@@ -118,21 +119,21 @@ class TrainConfig(Config):
     """`train.json`: data, batch geometry, optimizer and housekeeping of one run."""
 
     dataset: str = key("fatal", min_length=1)
-    microbatch_size: int = key("fatal", ge=1, le=MAX_COUNT)  # sequences on each device
-    gradient_accumulation_steps: int = key("fatal", ge=1, le=MAX_COUNT)
-    min_train_tokens: int = key("fatal", ge=-1, le=MAX_COUNT)  # per epoch; -1: all of them
+    microbatch_size: Count = key("fatal", ge=1)  # sequences on each device
+    gradient_accumulation_steps: Count = key("fatal", ge=1)
+    min_train_tokens: Count = key("fatal", ge=-1)  # per epoch; -1: all of them
     learning_rate: Float32 = key("announced", gt=0, le=1e3)  # the schedule's peak
 
     initial_weights: str | None = key(
         "fatal", None, min_length=1
     )  # a model.safetensors, from here or from the run; None: random
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
-    microbatches_per_call: int | None = key("fatal", None, ge=1, le=MAX_COUNT)  # None: all of a global step
-    epochs: int = key("fatal", 1, ge=1, le=MAX_COUNT)
+    microbatches_per_call: Count | None = key("fatal", None, ge=1)  # None: all of a global step
+    epochs: Count = key("fatal", 1, ge=1)
     shuffle: bool = key("fatal", True)  # the first epoch too: neighbors in a file are alike, a poor batch
-    start_train_token: int = key("fatal", 0, ge=0, le=MAX_COUNT)
-    start_val_token: int = key("announced", 0, ge=0, le=MAX_COUNT)
-    val_tokens: int = key("announced", 65_536, ge=-1, le=MAX_COUNT)  # at most this many; 0: no validation; -1: all
+    start_train_token: Count = key("fatal", 0, ge=0)
+    start_val_token: Count = key("announced", 0, ge=0)
+    val_tokens: Count = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
     weight_decay: Float32 = key("announced", 0.01, ge=0)
     weight_decay_on: Literal["all", "matrices"] = key("announced", "all")  # matrices: not biases and norms
     beta2: Float32 = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
@@ -141,12 +142,12 @@ class TrainConfig(Config):
     drop_rate: Float32 = key("announced", 0.0, ge=0, lt=1)
     seed: int = key("fatal", 42, ge=0, lt=2**31)
     precision: Literal["float32", "bfloat16"] = key("announced", "float32")
-    loss_rows_per_chunk: int | None = key("announced", None, ge=1, le=MAX_COUNT)  # of logits at a time; None: by shape and device
+    loss_rows_per_chunk: Count | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
     remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, slower
-    checkpoint_interval: int = key("free", 250, ge=1, le=MAX_COUNT)  # global steps
+    checkpoint_interval: Count = key("free", 250, ge=1)  # global steps
     checkpoint_first_step: bool = key("free", False)  # also one after the first step, to compare later ones with
-    keep_checkpoints: int | None = key("free", 3, ge=1, le=MAX_COUNT)  # newest ones, beside best; None: all
-    max_consecutive_rejections: int = key("free", 10, ge=1, le=MAX_COUNT)
+    keep_checkpoints: Count | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
+    max_consecutive_rejections: Count = key("free", 10, ge=1)
     sample_prompt: str = key("free", "Every effort moves you", min_length=1)
     mesh: MeshConfig = key("free", MeshConfig())
 
@@ -192,6 +193,15 @@ def with_sequences_per_step(train: TrainConfig, sequences: int, devices: int) ->
     steps = sequences // size
     per_call = train.microbatches_per_call and math.gcd(train.microbatches_per_call, steps)
     return train.model_copy(update={"gradient_accumulation_steps": steps, "microbatches_per_call": per_call})
+
+
+def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
+    """Return on how many devices a run started, from a checkpoint's meta. That sets the size of a global step."""
+    of_one = config.gradient_accumulation_steps * config.microbatch_size
+    sequences = meta.get("sequences_per_step", of_one)
+    if not isinstance(sequences, int) or sequences < of_one or sequences % of_one:
+        raise ValueError(f"sequences_per_step of the checkpoint: expected a multiple of {of_one}, got {sequences!r}")
+    return sequences // of_one
 
 
 def steps_per_epoch(

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from outside_in.config import Config, load_config
+from outside_in.data.token_files import TRAIN, VALIDATION
+from outside_in.runtime.log import log
 from outside_in.storage import atomic
+from outside_in.storage.text import sized
 
+HUB = "hub:"  # before the id of what is meant to come from the Hub
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILE = "hub.json"
-TRAIN = "train.safetensors"
-TOKEN_FILES = (TRAIN, "validation.safetensors")
+HUB_FILE, PARTIAL = "hub.json", ".incomplete"
+TOKEN_FILES = (TRAIN, VALIDATION)
 
 
 class HubFile(Config):
@@ -67,30 +71,79 @@ def download_dataset(dataset: str, folder: Path) -> None:
 
     That is the newest when the download began. Raises ValueError when that fails.
     """
+    hub_id = dataset.removeprefix(HUB)
     try:
-        if is_offline_mode():
-            lacking = " and ".join(missing(folder))
-            raise ValueError(f"{folder} lacks {lacking}, and HF_HUB_OFFLINE is set; unset it or put the files there")
-        newest = None if (folder / HUB_FILE).exists() else _look_up(dataset)
+        newest = _expected(hub_id, folder, retry=True)
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / ".lock"):
-            if newest and not (folder / HUB_FILE).exists():  # else another process has begun
+            if not (folder / HUB_FILE).exists():  # else another process has begun
                 _begin(folder, newest)
-            for name in missing(folder):
-                _fetch(dataset, load_config(folder / HUB_FILE, HubSnapshot), folder / name)
+            snapshot = load_config(folder / HUB_FILE, HubSnapshot)
+            if lacking := missing(folder):
+                size, free = _size_and_free(snapshot, folder)
+                log.info(f"fetching {' and '.join(lacking)} of {hub_id} from the Hub: {sized(size)}, into {folder}")
+                check_space(size, free)
+            for name in lacking:
+                _fetch(hub_id, snapshot, folder / name)
     except (OSError, HTTPError, ValueError) as error:
-        raise ValueError(
-            f"dataset: no folder {dataset!r}, and it could not be fetched from the Hub: {error_message(error)}"
-        ) from None
+        raise _refusal(dataset, error) from None
 
 
-def _look_up(dataset: str) -> HubSnapshot:
+def describe_download(dataset: str, folder: Path) -> str:
+    """Return what `download_dataset` will fetch; raises ValueError where it would. Nothing is fetched yet."""
+    try:
+        size, free = _size_and_free(_expected(dataset.removeprefix(HUB), folder), folder)
+        check_space(size, free)
+    except (OSError, HTTPError, ValueError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, ValueError) or status in (401, 403, 404):
+            raise _refusal(dataset, error) from None
+        return f"will be fetched (of unknown size: the Hub cannot be reached now; {sized(_free(folder))} free)"
+    need, left = sized(size), sized(free)
+    return f"will be fetched ({need}, {left.removesuffix(' GB') if need.endswith(' GB') else left} free)"
+
+
+def check_space(size: int, free: int) -> None:
+    """Raise ValueError when a download would fill the disk."""
+    if size > free:
+        raise ValueError(f"{sized(size)} to fetch, but the disk has {sized(free)} free; free some")
+
+
+def _refusal(dataset: str, error: Exception) -> ValueError:
+    local = "" if dataset.startswith(HUB) else f"no folder {dataset!r}, and "
+    what = "it" if local else repr(dataset)
+    return ValueError(f"dataset: {local}{what} could not be fetched from the Hub: {error_message(error)}")
+
+
+def _size_and_free(snapshot: HubSnapshot, folder: Path) -> tuple[int, int]:
+    """Return how many bytes are still to be fetched, and how many the disk has."""
+    lacking = [name for name in snapshot.files if not (folder / name).exists()]
+    partial = [path for name in lacking if (path := folder / f"{name}{PARTIAL}").exists()]
+    size = sum(snapshot.files[name].size for name in lacking) - sum(path.stat().st_size for path in partial)
+    return max(0, size), _free(folder)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def _expected(hub_id: str, folder: Path, *, retry: bool = False) -> HubSnapshot:
+    """Return the files of a dataset at the revision at which its download began, or else at the newest."""
+    if is_offline_mode():
+        lacking = " and ".join(missing(folder))
+        raise ValueError(f"{folder} lacks {lacking}, and HF_HUB_OFFLINE is set; unset it or put the files there")
+    if (folder / HUB_FILE).exists():
+        return load_config(folder / HUB_FILE, HubSnapshot)
+    return _look_up(hub_id, retry=retry)
+
+
+def _look_up(hub_id: str, *, retry: bool) -> HubSnapshot:
     """Ask the Hub for a dataset's newest revision and its token files."""
     revision, files = None, {}
     for name in TOKEN_FILES:
-        url = hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
+        url = hf_hub_url(hub_id, name, repo_type="dataset", revision=revision)
         try:
-            metadata = get_hf_file_metadata(url, retry_on_errors=True)
+            metadata = get_hf_file_metadata(url, retry_on_errors=retry)
         except EntryNotFoundError:
             if name == TRAIN:
                 raise ValueError(f"404, it has no {TRAIN}; choose another dataset or add that file to it") from None
@@ -110,13 +163,13 @@ def _begin(folder: Path, snapshot: HubSnapshot) -> None:
     atomic.write_text(folder / HUB_FILE, snapshot.model_dump_json(indent=2))
 
 
-def _fetch(dataset: str, snapshot: HubSnapshot, path: Path) -> None:
+def _fetch(hub_id: str, snapshot: HubSnapshot, path: Path) -> None:
     """Download a file, or the rest of it; rename it when verified.
 
     The client's `hf_hub_download` throws away the partial file when it is interrupted.
     """
-    expected, partial = snapshot.files[path.name], path.with_name(f"{path.name}.incomplete")
-    url = hf_hub_url(dataset, path.name, repo_type="dataset", revision=snapshot.revision)
+    expected, partial = snapshot.files[path.name], path.with_name(f"{path.name}{PARTIAL}")
+    url = hf_hub_url(hub_id, path.name, repo_type="dataset", revision=snapshot.revision)
     headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
     if partial.exists() and partial.stat().st_size > expected.size:
         partial.unlink()  # nothing can follow it

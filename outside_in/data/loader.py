@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
-from outside_in.data.token_files import SLICE_TOKENS, count_tokens, map_tokens, read_tokens
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.data.run_length import find_lengths
+from outside_in.data.token_files import SLICE_TOKENS, TRAIN, VALIDATION, map_tokens, read_tokens
 from outside_in.runtime.mesh import AXES
 
 ENTROPY_SAMPLE = 50_000_000  # tokens; counting all of a large file would take minutes
@@ -49,7 +51,7 @@ class TokenStream:
     @property
     def num_steps(self) -> int:
         """Return the whole global steps in one epoch. The token after them is the last target."""
-        return (self.tokens.size - 1) // int(np.prod(self.batch_shape))
+        return (self.tokens.size - 1) // math.prod(self.batch_shape)
 
     def positions(self, step: int) -> np.ndarray:
         """Return where the sequences of global step `step` begin. The positions are indices of tokens, (K, B)."""
@@ -132,23 +134,14 @@ def open_streams(
     read into memory.
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
-    count = steps_per_epoch * tokens_per_global_step(model, train, devices) + 1
+    count, validation_count = find_lengths(folder, model, train, steps_per_epoch, devices)
     load = load_tokens if local_sequences is None else map_tokens
-    tokens = load(folder / "train.safetensors", model.vocab_size, train.start_train_token, count)
+    tokens = load(folder / TRAIN, model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
     train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences)
-    path = folder / "validation.safetensors"
-    if train.val_tokens == 0 or not path.exists():
+    if not validation_count:
         return train_stream, None
-    available = count_tokens(path) - train.start_val_token - 1  # the last one is a target only
-    per_batch = train.microbatch_size * model.context_length
-    batches = (available if train.val_tokens == -1 else min(train.val_tokens, available)) // per_batch
-    if batches < 1:
-        raise ValueError(
-            f"{path}: expected at least {per_batch:,} tokens for a validation batch, got val_tokens="
-            f"{train.val_tokens:,} of {max(0, available):,} after start_val_token; change them, or set val_tokens to 0"
-        )
-    tokens = load_tokens(path, model.vocab_size, train.start_val_token, batches * per_batch + 1)
+    tokens = load_tokens(folder / VALIDATION, model.vocab_size, train.start_val_token, validation_count)
     return train_stream, TokenStream(
         tokens, (1, train.microbatch_size, shape[-1]), train.objective, train.seed, shuffle=False
     )

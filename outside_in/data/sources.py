@@ -7,15 +7,17 @@ from safetensors.numpy import save_file
 from outside_in.config import load_config
 from outside_in.data.builtin import Builtin, find_builtin
 from outside_in.data.hub import (
+    HUB,
     HUB_FILE,
     HUB_ID,
     TOKEN_FILES,
-    TRAIN,
     HubSnapshot,
+    describe_download,
     detect_wrong_content,
     download_dataset,
     missing,
 )
+from outside_in.data.token_files import TRAIN, open_tokens
 from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from outside_in.data.tokenizer_files import folder_tokenizer, load
 from outside_in.storage.atomic import atomic_directory
@@ -26,7 +28,7 @@ DATA_FOLDER = Path(__file__).parents[2] / "data"
 def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
     """Return the folder with the token files of a dataset.
 
-    Takes a built-in name, a local folder or a Hub dataset id. With `fetch`, built-in data are made and Hub data
+    Takes a built-in name, a local folder, or hub:owner/name. With `fetch`, built-in data are made and Hub data
     downloaded if they are missing.
     Raises ValueError when the dataset does not exist or cannot be fetched, or when a file is of the wrong kind.
     """
@@ -36,19 +38,54 @@ def dataset_folder(dataset: str, *, fetch: bool = True) -> Path:
             _write_token_files(folder, builtin)
         return folder
     folder = Path(dataset)
-    if not folder.is_dir():
-        if not HUB_ID.fullmatch(dataset):
-            raise ValueError(f"dataset: no folder {dataset!r}, and it is not a Hub id (owner/name) or built-in name")
-        owner, folder = folder.parent, DATA_FOLDER / dataset
-        if owner.is_dir() and not folder.is_dir():  # "data/mine", mistyped
-            inside = ", ".join(sorted(path.name for path in owner.iterdir() if path.is_dir())[:10])
-            raise ValueError(f"dataset: no folder {dataset!r}; {owner} has {inside or 'none'}")
+    if is_on_hub(dataset):
+        folder = hub_folder(dataset)
         if fetch and missing(folder):
             download_dataset(dataset, folder)
     for path in (folder / name for name in TOKEN_FILES):
         if path.is_file() and (found := detect_wrong_content(path)):
             raise ValueError(f"{path}: expected a safetensors file, got {found}; put the file itself there")
     return folder
+
+
+def is_on_hub(dataset: str) -> bool:
+    """Return whether a dataset is neither a built-in one nor a local folder."""
+    return dataset.startswith(HUB) or not (find_builtin(dataset) or Path(dataset).is_dir())
+
+
+def hub_folder(dataset: str) -> Path:
+    """Return the folder of hub:owner/name; owner/name will do where there is no local folder `owner`.
+
+    Raises ValueError for other names.
+    """
+    hub_id = dataset.removeprefix(HUB)
+    folder, owner = DATA_FOLDER / hub_id, Path(hub_id).parent
+    if not HUB_ID.fullmatch(hub_id):
+        if dataset != hub_id:
+            raise ValueError(f"dataset: expected {HUB}owner/name for a Hub dataset, got {dataset!r}")
+        raise ValueError(f"dataset: no folder {dataset!r}, and it is not a Hub id (owner/name) or built-in name")
+    is_local = owner.is_dir() or str(owner) == DATA_FOLDER.name  # "data/mine", mistyped, or not made yet
+    if dataset == hub_id and is_local and not folder.is_dir():
+        inside = sorted(path.name for path in owner.iterdir() if path.is_dir()) if owner.is_dir() else []
+        raise ValueError(
+            f"dataset: no folder {dataset!r}; {owner} has {', '.join(inside[:10]) or 'none'}; "
+            f"if it is a Hub dataset, write {HUB}{dataset}"
+        )
+    return folder
+
+
+def availability(dataset: str) -> str:
+    """Return whether a dataset's tokens are found here, or how they will come; nothing is fetched yet.
+
+    Raises ValueError where they are missing.
+    """
+    folder = dataset_folder(dataset, fetch=False)
+    if is_on_hub(dataset) and missing(folder):
+        return describe_download(dataset, folder)
+    if find_builtin(dataset) and not folder.exists():
+        return "will be made on this machine"
+    open_tokens(folder / TRAIN)  # raises ValueError when it is missing, or no token file
+    return "found"
 
 
 def dataset_revision(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from outside_in.storage.safetensors_file import open_tensors
 
 HEADER_BYTES = 128  # its length, 8 bytes, included
 SLICE_TOKENS = 2**24  # looked at at once
+TRAIN, VALIDATION = "train.safetensors", "validation.safetensors"  # in a folder of tokens
 INTEGER_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
@@ -28,7 +29,8 @@ def open_tokens(path: Path) -> Any:
     Raises ValueError when it is missing, not one-dimensional, or not of an integer type.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected a token file, found nothing; put a safetensors file with `tokens` there")
+        remedy = _misnamed(path) or "put a safetensors file with `tokens` there, or make one with prepare_data.py"
+        raise ValueError(f"{path}: expected a token file, found nothing; {remedy}")
     file = open_tensors(path)
     names = list(file.keys())
     if "tokens" not in names:
@@ -41,6 +43,33 @@ def open_tokens(path: Path) -> Any:
             f"got shape {str(tuple(tensor.get_shape()))[:100]} of {tensor.get_dtype()}; flatten and cast it"
         )
     return tensor
+
+
+def find_validation(folder: Path) -> Path | None:
+    """Return a folder's token file for validation; None without one.
+
+    Raises ValueError when it has another name: it would not be used, and nobody would notice.
+    """
+    path = folder / VALIDATION
+    if path.is_file():
+        return path
+    if hint := _misnamed(path):
+        raise ValueError(f"{path}: expected the tokens for validation there; {hint}, or set val_tokens to 0")
+    return None
+
+
+def _misnamed(path: Path) -> str:
+    """Return what to do with a file that seems meant for the missing one; "" without any."""
+    others = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+    for name in others:
+        if not name.startswith(path.name[:3]):  # val.safetensors, valid.npy; train.bin, training.safetensors
+            continue
+        if name.endswith(".safetensors"):
+            return f"rename {name} to {path.name}"
+        if name.endswith((".bin", ".npy")):  # of nanoGPT: bare uint16; of NumPy
+            read = f"np.fromfile({name!r}, np.uint16)" if name.endswith(".bin") else f"np.load({name!r})"
+            return f"convert {name} with safetensors.numpy.save_file({{'tokens': {read}}}, {path.name!r})"
+    return ""
 
 
 def count_tokens(path: Path) -> int:

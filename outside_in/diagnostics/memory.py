@@ -15,25 +15,11 @@ from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import target
 from outside_in.runtime.cli import is_out_of_device_memory
-from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime.devices import bytes_available, initialize_devices
 from outside_in.runtime.log import log
-from outside_in.runtime.machine import memory_bytes
 from outside_in.runtime.mesh import array_shardings, make_mesh
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import Compiled, compile_train_step
-
-
-def bytes_available() -> float:
-    """Return the memory that JAX may use on the device.
-
-    On a CPU that is the machine's; infinity when the device does not report it.
-    """
-    if there := target.elsewhere():
-        return there.memory_bytes
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return memory_bytes()
-    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> None:

@@ -9,29 +9,90 @@ import shutil
 
 from jax.sharding import Mesh
 
+from checkpointing import find_checkpoints
 from model import parameter_shapes
-from outside_in.config import ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from outside_in.config import (
+    ModelConfig,
+    TrainConfig,
+    devices_at_start,
+    steps_per_epoch,
+    tokens_per_global_step,
+    with_sequences_per_step,
+)
 from outside_in.data.builtin import find_builtin
-from outside_in.data.run_length import NOTHING_KNOWN, KnownData, known_data
+from outside_in.data.run_length import (
+    NOTHING_KNOWN,
+    KnownData,
+    find_data_tokenizer,
+    find_lengths,
+    known_data,
+    total_steps,
+)
+from outside_in.data.sources import availability, dataset_folder
+from outside_in.data.token_files import TRAIN
 from outside_in.data.tokenizer import assumed
+from outside_in.inference.load import find_initial_weights
 from outside_in.loss import chunk_size
 from outside_in.optimizer import MATRIX_NDIM
 from outside_in.reports.flops import FORMULA, flops_per_token
-from outside_in.runtime.devices import initialize_devices
+from outside_in.runtime import target
+from outside_in.runtime.devices import bytes_available, initialize_devices
+from outside_in.runtime.machine import memory_bytes
 from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.text import counted
 
-GIB = 2**30
+GIB, EXBIBYTE = 2**30, 2**60
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
 
 
 def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> None:
     """Print what a run will be and need: `--check`."""
     print(initialize_devices())
-    data, mesh = known_data(config), make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
+    check_fits(model_config, config, mesh, EXBIBYTE)  # before anything is computed from absurd sizes
+    try:
+        status = availability(config.dataset)
+    except ValueError:
+        print("data: missing")
+        raise
     memory = estimate_memory(model_config, config, mesh)
-    print(*describe(run, model_config, config, data, mesh), memory, sep="\n")
+    print(*describe(run, model_config, config, known_data(config), mesh), memory, f"data: {status}", sep="\n")
+    refuse(run, model_config, config, mesh)
+
+
+def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
+    """Raise ValueError where training would, as far as headers tell."""
+    devices, folder = mesh.devices.size, dataset_folder(train.dataset, fetch=False)
+    newest = find_checkpoints(run.checkpoints)[-1:]
+    started_on = devices_at_start(train, newest[0].meta) if newest else devices
+    sequences = started_on * train.gradient_accumulation_steps * train.microbatch_size
+    train = with_sequences_per_step(train, sequences, devices)
+    find_data_tokenizer(model, train)
+    steps = (total_steps(model, train, devices) or 0) // train.epochs  # 0: of data that are not here yet
+    if (folder / TRAIN).is_file():
+        find_lengths(folder, model, train, steps, devices)
+    find_initial_weights(run, model, train)
+    if target.elsewhere():  # whose host is not known, and whose memory XLA knows
+        return
+    tokens = steps * tokens_per_global_step(model, train, devices)
+    if 2 * tokens > memory_bytes():  # uint16
+        raise ValueError(f"train.json: {tokens:,} tokens do not fit into this machine's memory; use fewer tokens")
+    check_fits(model, train, mesh)
+
+
+def check_fits(model: ModelConfig, train: TrainConfig, mesh: Mesh, limit: float = 0) -> None:
+    """Raise ValueError when a device cannot hold the parameters, their moments, and one hidden state.
+
+    With `limit`, in bytes, only when they are larger than that.
+    """
+    parameters = sum(map(math.prod, parameter_shapes(model).values()))
+    hidden = train.microbatch_size * model.context_length * model.emb_dim
+    if 3 * 4 * parameters // mesh.shape[FSDP] + 2 * hidden > max(limit, bytes_available()):
+        what, keys = "parameters and their moments need", "emb_dim or n_layers"
+        if hidden > parameters:
+            what, keys = "hidden states need", "microbatch_size or context_length"
+        raise ValueError(f"out of memory: {what} more than {bytes_available() / GIB:,.0f} GiB; use a smaller {keys}")
 
 
 def describe(

@@ -32,8 +32,8 @@ Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, 
 class Sampling:
     """How the next token is chosen.
 
-    It is the likeliest (`temperature` None, 0, or what float32 makes 0), or drawn at a temperature. `top_k` keeps that many of the likeliest
-    tokens, then `top_p` the likeliest ones whose probabilities add up to it.
+    It is the likeliest (`temperature` None, 0, or what float32 makes 0), or drawn at a temperature. `top_k` keeps that
+    many of the likeliest tokens, then `top_p` the likeliest ones whose probabilities add up to it.
     """
 
     temperature: float | None = None

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from checkpointing import MODEL_FILE
 from model import GPTModel, abstract_model
-from outside_in.config import ModelConfig, parse_config
-from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed
+from outside_in.config import ModelConfig, TrainConfig, parse_config
+from outside_in.data.hub import HUB_ID
+from outside_in.data.run_length import find_data_tokenizer
+from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed, check_same
 from outside_in.data.tokenizer_files import from_identity, load
 from outside_in.runtime.machine import memory_bytes
 from outside_in.storage import manifest
-from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.run_directory import RunDirectory, check_not_hugging_face, import_advice
 from outside_in.storage.strict_json import parse_object
 from outside_in.weights import TOKENIZER_KEY, load_model, load_weights, read_metadata, read_model_json
 
@@ -21,13 +23,9 @@ def load_saved_model(path: Path) -> GPTModel:
 
     Raises ValueError when the file was not saved by training, is damaged, or is too large for this machine.
     """
+    check_is_ours(path)
     config = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata")
-    arrays = load_weights(path)
-    num_arrays = len(arrays)
-    if any(name.startswith("transformer.") for name in arrays):
-        raise ValueError(
-            f"{path}: is in transformers' format; import it: uv run convert_gpt2.py import {path.parent} RUN"
-        )
+    num_arrays = len(load_weights(path))
     if config.n_layers > max(num_arrays, MAX_SHARED_LAYERS):
         raise ValueError(f"{path}: model.json in its metadata has more layers than the file has arrays, {num_arrays}")
     if path.stat().st_size > memory_bytes():
@@ -36,6 +34,14 @@ def load_saved_model(path: Path) -> GPTModel:
     load_model(path, model)
     manifest.check_alone(path)
     return model
+
+
+def check_is_ours(path: Path) -> None:
+    """Raise ValueError when weights are those of a model in Hugging Face's format, or of PyTorch."""
+    metadata = read_metadata(path)
+    is_pytorch = "model.json" not in metadata and any(name.endswith(".weight") for name in load_weights(path))
+    if "format" in metadata or is_pytorch:
+        raise ValueError(f"{path}: {import_advice(path.parent)}")
 
 
 def find_tokenizer(path: Path) -> Tokenizer | None:
@@ -70,12 +76,40 @@ def find_weights(path: Path) -> Path:
     Of a run that is its best checkpoint, else its newest, else the weights that it starts from. Raises ValueError when
     there is none.
     """
+    check_not_hugging_face(path if path.is_dir() else path.parent)
     if path.is_file():
-        return path
+        return _ours(path)
     run = RunDirectory(path)
     folders = path, run.checkpoints / "best", run.checkpoints / "latest", run.initial_weights.parent
     for candidate in (folder / MODEL_FILE for folder in folders):
         if candidate.is_file():
-            return candidate
+            return _ours(candidate)
     found = "a folder without one" if path.is_dir() else "nothing"
+    if not path.exists() and HUB_ID.fullmatch(str(path)) and not path.parent.is_dir():
+        found += f"; a model of the Hub must be imported: uv run convert_gpt2.py import {path} RUN"
     raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {found}")
+
+
+def _ours(path: Path) -> Path:
+    check_is_ours(path)
+    return path
+
+
+def find_initial_weights(run: RunDirectory, model: ModelConfig, config: TrainConfig) -> Path | None:
+    """Return the weights that a run starts from; None: random ones.
+
+    Raises ValueError when they are missing, or another model's. Only the file's header is read.
+    """
+    if config.initial_weights is None:
+        return None
+    in_the_run = run.path / config.initial_weights  # as an import has it, so that a run can be moved
+    path = in_the_run if in_the_run.is_file() else Path(config.initial_weights)
+    check_not_hugging_face(path if path.is_dir() else path.parent)
+    check_is_ours(path)
+    found = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
+    expected = model.model_dump()
+    if differing := [f"{key} {found[key]}, not {value}" for key, value in expected.items() if found[key] != value]:
+        raise ValueError(f"initial_weights: {path} holds another model than model.json: {', '.join(differing)}")
+    data_tokenizer = find_data_tokenizer(model, config)
+    check_same(find_tokenizer(path), data_tokenizer, f"initial_weights: {path}", config.dataset)
+    return path

@@ -13,6 +13,7 @@ from typing import Any
 from checkpointing import find_checkpoints
 from model import count_parameters
 from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.data.hub import HUB
 from outside_in.reports import markdown
 from outside_in.reports.charts import X_LABELS, Curve, draw_comparison
 from outside_in.storage import metrics
@@ -35,7 +36,8 @@ class RunResult:
     def comparison_key(self) -> tuple[Any, ...]:
         """Return what the losses of two runs must share to be comparable."""
         config = self.config
-        return self.model_config.vocab_size, config.objective, config.dataset, config.start_val_token
+        dataset = config.dataset.removeprefix(HUB)
+        return self.model_config.vocab_size, config.objective, dataset, config.start_val_token
 
     @property
     def average_loss(self) -> float | None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 
 from outside_in.runtime import target
 from outside_in.runtime.compilation_cache import enable_compilation_cache
+from outside_in.runtime.machine import memory_bytes
 
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
@@ -47,6 +49,19 @@ def initialize_devices() -> str:
 def device_kind() -> str:
     """Return JAX's name of the device, such as "NVIDIA H200" or "cpu"."""
     return jax.local_devices()[0].device_kind
+
+
+def bytes_available() -> float:
+    """Return the memory that JAX may use on the device.
+
+    On a CPU that is the machine's; infinity when the device does not report it.
+    """
+    if there := target.elsewhere():
+        return there.memory_bytes
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return memory_bytes()
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def compiler_options() -> dict[str, bool]:

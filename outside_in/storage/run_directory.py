@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class RunDirectory:
             raise ValueError(f"{self.path}: expected a run folder, got a file; name the folder that holds train.json")
         if not self.path.is_dir():
             raise ValueError(f"{self.path}: expected a run folder, found nothing; `uv run train.py` lists the runs")
+        check_not_hugging_face(self.path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -90,6 +92,16 @@ class RunDirectory:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+
+def check_not_hugging_face(folder: Path) -> None:
+    """Raise ValueError when a folder holds a model as `transformers` saves it, in one file or several."""
+    if (folder / "config.json").is_file() and not (folder / "train.json").exists():
+        raise ValueError(f"{folder}: {import_advice(folder)}")
+
+
+def import_advice(source: Path) -> str:
+    return f"is in transformers' format; import it: uv run convert_gpt2.py import {shlex.quote(str(source))} RUN"
 
 
 def _owner(file: TextIO) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
 from outside_in.data.builtin import find_builtin
-from outside_in.data.sources import dataset_folder, dataset_tokenizer
-from outside_in.data.token_files import count_tokens
+from outside_in.data.sources import dataset_folder, dataset_tokenizer, is_on_hub
+from outside_in.data.token_files import TRAIN, count_tokens, find_validation
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.run_directory import RunDirectory
@@ -73,21 +73,22 @@ def apply(model: Keys, train: Keys, change: str) -> str:
 
 def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:
     """Adapt the vocabulary and the length to another dataset; return the keys that have changed."""
-    folder = dataset_folder(str(train["dataset"]), fetch=False)
-    adapted = []
-    made_with = find_builtin(str(train["dataset"])) or dataset_tokenizer(str(train["dataset"]))
+    dataset, adapted = str(train["dataset"]), []
+    folder = dataset_folder(dataset, fetch=False)
+    made_with = find_builtin(dataset) or dataset_tokenizer(dataset)
     if "model.vocab_size" not in changed and made_with:
         model["vocab_size"] = made_with.vocab_size
         adapted.append("model.vocab_size")
     for key in set(OF_OLD_DATA).difference(changed):
         train.pop(key, None)
-    tokens_path, validation_path = (folder / name for name in ("train.safetensors", "validation.safetensors"))
-    if not tokens_path.is_file():  # not downloaded or made yet
+    tokens_path = folder / TRAIN
+    if not tokens_path.is_file() and (find_builtin(dataset) or is_on_hub(dataset)):  # not downloaded or made yet
         return adapted
+    available = count_tokens(tokens_path)
     if {"min_train_tokens", "epochs"}.isdisjoint(changed):
-        adapted += adapt_length(model, train, count_tokens(tokens_path))
+        adapted += adapt_length(model, train, available)
     if "val_tokens" not in changed and train.get("val_tokens") != 0:
-        if validation_path.is_file():
+        if validation_path := find_validation(folder):
             check_validation(model, train, count_tokens(validation_path))
         else:
             train["val_tokens"] = 0

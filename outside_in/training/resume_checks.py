@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 
+from checkpointing import META_FILE, find_checkpoints
 from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
+from outside_in.data.hub import HUB
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.runtime.log import log
+from outside_in.storage.run_directory import RunDirectory
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
@@ -63,6 +66,13 @@ def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig,
             log.info(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
 
 
+def check_newest(run: RunDirectory, model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError when a run cannot be resumed from its newest checkpoint, by its configs."""
+    for checkpoint in find_checkpoints(run.checkpoints)[-1:]:
+        check_form(checkpoint.meta, checkpoint.path / META_FILE)
+        check_configs(checkpoint.meta, model, train, accept=False)
+
+
 def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
     """Raise ValueError when the tokens differ from a snapshot's. Validation tokens may differ with `accept`."""
     for split, remedy in (("train", "start a new run"), ("validation", "resume with --accept-changes")):
@@ -90,5 +100,9 @@ def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
     return {
         name: f"{name}: {json.dumps(old[name])} → {json.dumps(value)}"
         for name, value in new.model_dump().items()
-        if name in old and old[name] != value
+        if name in old and _meaning(name, old[name]) != _meaning(name, value)
     }
+
+
+def _meaning(name: str, value: Any) -> Any:
+    return value.removeprefix(HUB) if name == "dataset" and isinstance(value, str) else value

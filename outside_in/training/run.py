@@ -7,7 +7,7 @@ import jax
 
 import checkpointing
 from checkpointing import Checkpoint
-from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config import ModelConfig, TrainConfig, devices_at_start
 from outside_in.data.run_length import known_data, whole_steps
 from outside_in.diagnostics import preflight
 from outside_in.layers.kernels import describe_attention
@@ -22,7 +22,7 @@ from outside_in.storage.run_directory import RunDirectory
 from outside_in.training import resume_checks
 from outside_in.training.loop import train
 from outside_in.training.monitor import StepMonitor
-from outside_in.training.setup import Plan, build, devices_at_start, plan_run, restore, start
+from outside_in.training.setup import Plan, build, plan_run, restore, start
 from outside_in.training.state import TrainState
 
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,12 +10,13 @@ from jax.sharding import Mesh
 import checkpointing
 from checkpointing import Checkpoint
 from model import create_model
-from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config, with_sequences_per_step
+from outside_in.config import ModelConfig, TrainConfig, devices_at_start, load_config, with_sequences_per_step
 from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
-from outside_in.data.run_length import total_steps, whole_steps
-from outside_in.data.sources import dataset_folder, dataset_revision, dataset_tokenizer
-from outside_in.data.tokenizer import Tokenizer, assumed, check_same
-from outside_in.inference.load import find_tokenizer
+from outside_in.data.run_length import find_data_tokenizer, total_steps, whole_steps
+from outside_in.data.sources import dataset_folder, dataset_revision
+from outside_in.data.tokenizer import Tokenizer
+from outside_in.diagnostics.preflight import check_fits
+from outside_in.inference.load import find_initial_weights
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime import processes
 from outside_in.runtime.cli import DONE
@@ -28,7 +28,7 @@ from outside_in.storage.metrics import MetricsLog
 from outside_in.storage.run_directory import RunDirectory, find_runs
 from outside_in.training import resume_checks
 from outside_in.training.state import TrainState, forget_after, set_history_aside
-from outside_in.weights import load_model, read_model_json
+from outside_in.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,6 @@ def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, 
     sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
     adapted = with_sequences_per_step(config, sequences, mesh.devices.size)
     return Plan(run, model_config, adapted, config, mesh, whole_steps(model_config, config, devices))
-
-
-def devices_at_start(config: TrainConfig, meta: dict[str, Any]) -> int:
-    """Return on how many devices a run started, from a checkpoint's meta. That sets the size of a global step."""
-    of_one = config.gradient_accumulation_steps * config.microbatch_size
-    sequences = meta.get("sequences_per_step", of_one)
-    if not isinstance(sequences, int) or sequences < of_one or sequences % of_one:
-        raise ValueError(f"sequences_per_step of the checkpoint: expected a multiple of {of_one}, got {sequences!r}")
-    return sequences // of_one
 
 
 def describe_progress(run: RunDirectory) -> str:
@@ -106,6 +97,7 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         "revision": dataset_revision(folder),
     }
     fingerprints = processes.broadcast(fingerprints)
+    check_fits(plan.model_config, config, mesh)
     model = create_model(
         plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
     )
@@ -129,20 +121,6 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         time_budget=time_budget,
         metrics=MetricsLog(plan.run.metrics, enabled=processes.is_main_process()),
     )
-
-
-def find_data_tokenizer(model: ModelConfig, config: TrainConfig) -> Tokenizer | None:
-    """Return the tokenizer of the data, perhaps assumed from the vocabulary's size.
-
-    Raises ValueError when the model's vocabulary is smaller.
-    """
-    known = dataset_tokenizer(config.dataset)
-    if known and known.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"model.json: vocab_size={model.vocab_size}, but {config.dataset} has tokens of {known}; "
-            f"use vocab_size {known.vocab_size} or more"
-        )
-    return known or assumed(model.vocab_size)
 
 
 def bytes_per_token(tokenizer: Tokenizer | None, stream: TokenStream) -> float | None:
@@ -171,18 +149,10 @@ def start(state: TrainState) -> None:
 
 def load_initial_weights(state: TrainState) -> None:
     """Load `initial_weights`, if set, into a fresh model. Raises ValueError when they are another model's."""
-    if state.config.initial_weights is None:
-        return
-    in_the_run = state.run.path / state.config.initial_weights  # as an import has it, so that a run can be moved
-    path = in_the_run if in_the_run.is_file() else Path(state.config.initial_weights)
-    found = parse_config(read_model_json(path), ModelConfig, f"{path}: model.json in its metadata").model_dump()
-    expected = state.model_config.model_dump()
-    if differing := [f"{key} {found[key]}, not {value}" for key, value in expected.items() if found[key] != value]:
-        raise ValueError(f"initial_weights: {path} holds another model than model.json: {', '.join(differing)}")
-    check_same(find_tokenizer(path), state.tokenizer, f"initial_weights: {path}", state.config.dataset)
-    manifest.check_alone(path)
-    load_model(path, state.model)
-    log.info(f"starting from the weights in {path}")
+    if path := find_initial_weights(state.run, state.model_config, state.config):
+        manifest.check_alone(path)
+        load_model(path, state.model)
+        log.info(f"starting from the weights in {path}")
 
 
 def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_again: bool) -> None:

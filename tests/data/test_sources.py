@@ -105,7 +105,8 @@ def test_an_unknown_built_in_name_lists_the_known_ones(fetch):
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
-    assert refusal("data/mien") == "dataset: no folder 'data/mien'; data has mine"
+    told = "dataset: no folder 'data/mien'; data has mine; if it is a Hub dataset, write hub:data/mien"
+    assert refusal("data/mien") == told
 
 
 @pytest.mark.parametrize(
