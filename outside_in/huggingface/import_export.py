@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEnt
 
 from model import count_parameters
 from outside_in.config import ModelConfig, parse_config
-from outside_in.data.hub import HUB_ID, detect_wrong_content, error_message
+from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
 from outside_in.data.tokenizer import TOKENIZER_FILE
 from outside_in.huggingface import gpt2_names, tokenizer_formats
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
@@ -77,14 +77,18 @@ def import_run(source: str, target: Path) -> int:
 
 def find_folder(source: str) -> Path:
     """Return the local folder of a GPT-2, downloaded if need be."""
-    if (folder := Path(source)).is_dir():
+    if (folder := Path(source)).is_dir() and not source.startswith(HUB):
         if RunDirectory(folder).train_config.is_file():
             raise ValueError(f"{source}: is a run already; import takes a folder in Hugging Face's format")
         return folder
-    if folder.exists() or not (HUB_ID.fullmatch(source) or source.isidentifier() or source.startswith("gpt2-")):
+    hub_id = source.removeprefix(HUB)
+    is_name = HUB_ID.fullmatch(hub_id) or hub_id.isidentifier() or hub_id.startswith("gpt2-")
+    if folder.exists() or not is_name:
         raise ValueError(f"{source}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of the Hub")
+    if source == hub_id and "/" in source and folder.parent.is_dir():  # mistyped
+        raise ValueError(f"{source}: no such folder; if it is a model of the Hub, write {HUB}{source}")
     try:
-        return download_model(source)
+        return download_model(hub_id)
     except (OSError, HTTPError, ValueError) as error:
         why = error_message(error, "model")
         raise ValueError(f"{source}: no such folder, and it could not be fetched from the Hub: {why}") from None
@@ -102,7 +106,14 @@ def open_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".h5")))
         hint = f"; {others} is another format; load it in transformers and use save_pretrained" if others else ""
+        parts = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f"; {parts[0]} is a part of a model, so put the {INDEX} beside it" if parts else hint
         raise ValueError(f"{folder}: expected {WEIGHTS}, or several and {INDEX}, found neither{hint}")
+    if lacking := sorted(file for file in files if not (folder / file).is_file()):
+        raise ValueError(
+            f"{folder}: lacks {', '.join(lacking[:5])}, {len(lacking)} of the {counted(len(files), 'file')} that "
+            f"{INDEX} lists; download the rest"
+        )
     arrays: dict[str, Any] = {}
     for file in sorted(files):
         if found := detect_wrong_content(folder / file):
@@ -223,7 +234,7 @@ def download_model(source: str) -> Path:
             return None
 
     if not get(TOKENIZER_FILE):
-        for name in tokenizer_formats.GPT2_FILES:
+        for name in (*tokenizer_formats.GPT2_FILES, tokenizer_formats.ADDED_TOKENS):
             get(name)
     if not get(WEIGHTS) and (index := get(INDEX)):
         for name in shards(index):
