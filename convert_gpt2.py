@@ -33,7 +33,7 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument(
         "source",
         help="import: a folder with config.json and model.safetensors, or a model of the Hub, such as "
-        "openai-community/gpt2; export: a run, a checkpoint, or a model.safetensors",
+        "hub:openai-community/gpt2; export: a run, a checkpoint, or a model.safetensors",
     )
     parser.add_argument(
         "target", type=Path, help="the folder to create: a run (import), or a model for transformers (export)"

@@ -66,7 +66,7 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="a run (its best checkpoint), a checkpoint, or a file"
     )
-    parser.add_argument("--dataset", help="a folder, built-in name or Hub dataset (the first model's)")
+    parser.add_argument("--dataset", help="a folder, a built-in name or hub:owner/name (the first model's)")
     parser.add_argument("--split", choices=("validation", "train"), default="validation")
     parser.add_argument("--start-token", type=int, default=0, help="first token (0)")
     parser.add_argument("--tokens", type=int, help="number of tokens to predict (all)")

@@ -169,7 +169,12 @@ def add_sources(parser: cli.ArgumentParser) -> None:
         help="files, folders of files, URLs that fsspec opens (s3://… https://…), or - for standard input: plain text, "
         ".jsonl .json .csv .tsv .parquet .arrow, also .gz .bz2 .xz .zst",
     )
-    source.add_argument("--hub", metavar="DATASET", help="stream a dataset of the Hugging Face Hub")
+    source.add_argument(
+        "--hub",
+        metavar="DATASET",
+        type=lambda name: name.removeprefix("hub:"),
+        help="stream a dataset of the Hugging Face Hub",
+    )
     source.add_argument("--describe", type=Path, metavar="FOLDER", help="count what is in token files, and stop")
     parser.add_argument("--config", help="Hub config name, such as sample-10BT")
     parser.add_argument("--split", default="train", help="Hub split (train)")

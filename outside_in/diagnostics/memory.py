@@ -13,7 +13,6 @@ from outside_in.config import ModelConfig, TrainConfig
 from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
-from outside_in.runtime import target
 from outside_in.runtime.cli import is_out_of_device_memory
 from outside_in.runtime.devices import bytes_available, initialize_devices
 from outside_in.runtime.log import log
