@@ -60,7 +60,7 @@ def training_texts(
     """
     most = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * (options.limit_tokens or math.inf))
     documents = characters = 0
-    any_validation, last, held_out = not options.validation, "", ""  # the last document may be held out
+    any_validation, last, only = not options.validation, "", ""  # the last document may be held out
     seen: set[bytes] = set()
     if options.deduplicate:
         texts = (text for source in held_out for text, _ in source.documents(options.reading, 0))
@@ -77,7 +77,7 @@ def training_texts(
             seen.add(digest)
             documents += 1
             if split_of(digest, options) == "validation":
-                any_validation, held_out = True, text
+                any_validation, only = True, text
                 continue
             yield from pieces(last, options)
             last = text
@@ -85,9 +85,9 @@ def training_texts(
             if characters > most:
                 return
     if documents == 1:  # of a single one, only the end is held out, wherever chance has put it
-        only = pieces(last or held_out, options)
-        rest = training_bytes(sum(len(piece.encode()) for piece in only), options)
-        for piece in only:
+        parts = pieces(last or only, options)
+        rest = training_bytes(sum(len(piece.encode()) for piece in parts), options)
+        for piece in parts:
             content = piece.encode()[:rest]
             rest -= len(content)
             yield content.decode(errors="ignore")
