@@ -48,7 +48,7 @@ class JSONTokenizer(Tokenizer):
         token_bytes = _token_bytes(form, vocab, source)
         self.file = content
         self._form = form
-        self.cuts_before_spaces = _cuts_before_spaces(form)
+        self.cuts_before_spaces = _cuts_before_spaces(form, end)
         super().__init__(TOKENIZER_FILE, hashlib.sha256(content).hexdigest(), token_bytes, vocab[end])
         try:
             probe = self._library_ids("a")
@@ -161,10 +161,11 @@ def _kinds(part: dict[str, Any] | None) -> set[str]:
     return {part["type"]}.union(*map(_kinds, inner))
 
 
-def _cuts_before_spaces(form: dict[str, Any]) -> bool:
+def _cuts_before_spaces(form: dict[str, Any], end: str) -> bool:
     """Return whether a tokenizer splits text as GPT-2 does before it looks at anything else."""
     first = form["pre_tokenizer"] or {}
-    are_special = all(token["special"] for token in form["added_tokens"])  # else they are found in text before
+    others = (token for token in form["added_tokens"] if token["content"] != end)  # which is text in text
+    are_special = all(token["special"] for token in others)  # else they are found in text before
     is_gpt2s = first.get("type") == "ByteLevel" and first.get("use_regex", True)
     return is_gpt2s and are_special and form["normalizer"] is None
 
