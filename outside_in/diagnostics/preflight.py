@@ -58,7 +58,8 @@ def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> 
         raise
     memory = estimate_memory(model_config, config, mesh)
     print(*describe(run, model_config, config, known_data(config), mesh), memory, f"data: {status}", sep="\n")
-    refuse(run, model_config, config, mesh)
+    if not target.elsewhere():  # where other data and memory may be
+        refuse(run, model_config, config, mesh)
 
 
 def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
@@ -73,8 +74,6 @@ def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh
     if (folder / TRAIN).is_file():
         find_lengths(folder, model, train, steps, devices)
     find_initial_weights(run, model, train)
-    if target.elsewhere():  # whose host is not known, and whose memory XLA knows
-        return
     tokens = steps * tokens_per_global_step(model, train, devices)
     if 2 * tokens > memory_bytes():  # uint16
         raise ValueError(f"train.json: {tokens:,} tokens do not fit into this machine's memory; use fewer tokens")
