@@ -5,15 +5,11 @@ file) comes last, one rename makes the checkpoint visible, then the links move, 
 checkpoint's name is complete unless the disk has damaged it, and the manifest shows that.
 """
 
-import calendar
 import contextlib
 import errno
 import json
-import re
 import shutil
-import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,68 +21,19 @@ from outside_in.runtime import processes
 from outside_in.runtime.log import log
 from outside_in.storage import manifest
 from outside_in.storage.atomic import fsync, fsync_tree, os_errors
-from outside_in.storage.strict_json import read_json
+from outside_in.storage.checkpoint_folder import (
+    META_FILE,
+    Checkpoint,
+    find_best,
+    find_checkpoints,
+    find_named,
+    next_name,
+)
 from outside_in.weights import check_structure, fill_like, host_arrays, load_weights, named_arrays, save_weights
 
-NAME = re.compile(r"([0-9]{8}T[0-9]{6}Z)-iteration-([0-9]+)")
-TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 STAGING, DAMAGED = ".staging-", "damaged-"
 NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
-MODEL_FILE, OPTIMIZER_FOLDER, META_FILE = "model.safetensors", "optimizer", "meta.json"
-
-
-@dataclass(frozen=True, order=True)
-class Checkpoint:
-    """A committed checkpoint; they sort in the order of their commits."""
-
-    path: Path
-
-    @property
-    def global_step(self) -> int:
-        match = NAME.fullmatch(self.path.name)
-        assert match
-        return int(match[2])
-
-    @cached_property
-    def meta(self) -> dict[str, Any]:
-        """Return what was saved beside the arrays. Raises ValueError when it is unreadable, or of another step."""
-        meta = read_json(self.path / META_FILE)
-        if meta.get("global_step", self.global_step) != self.global_step:
-            raise ValueError(
-                f"{self.path / META_FILE}: expected global_step {self.global_step}, as in the folder's name"
-            )
-        return meta
-
-    @property
-    def is_validated(self) -> bool:
-        """Return whether it was validated and sampled when it was saved."""
-        return self.meta.get("is_milestone", True)
-
-    @property
-    def is_best(self) -> bool:
-        """Return whether it was the best when saved. False if meta.json is damaged."""
-        try:
-            return self.meta["is_best"] is True
-        except (ValueError, KeyError, TypeError):
-            return False
-
-
-def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """List the committed checkpoints in a run's `checkpoints/`, oldest first."""
-    if folder.is_symlink() and not folder.exists():
-        raise ValueError(f"{folder}: a broken link; is its disk mounted?")
-    if not folder.is_dir():
-        return []
-    return sorted(
-        Checkpoint(path) for path in folder.iterdir() if _is_name(path.name) and path.is_dir() and not path.is_symlink()
-    )
-
-
-def _is_name(name: str) -> bool:
-    try:
-        return bool((match := NAME.fullmatch(name)) and time.strptime(match[1], TIME_FORMAT))
-    except ValueError:  # no such date
-        return False
+MODEL_FILE, OPTIMIZER_FOLDER = "model.safetensors", "optimizer"
 
 
 def select_checkpoint(folder: Path, which: str | None) -> Checkpoint | None:
@@ -116,12 +63,12 @@ def select_checkpoint(folder: Path, which: str | None) -> Checkpoint | None:
 
 
 def _named(folder: Path, checkpoints: list[Checkpoint], which: str) -> Checkpoint:
-    wanted = [c for c in checkpoints if which == "latest" or c.path.name == which or (which == "best" and c.is_best)]
-    if not wanted:
+    wanted = find_named(checkpoints, which)
+    if wanted is None:
         names = ", ".join(c.path.name for c in checkpoints) or "none"
         raise ValueError(f"{folder}: no checkpoint {which!r}; available: {names}")
-    verify(wanted[-1])
-    return wanted[-1]
+    verify(wanted)
+    return wanted
 
 
 def _set_aside(checkpoint: Checkpoint, error: ValueError) -> None:
@@ -180,7 +127,7 @@ def save(
 
     Raises OSError when the disk refuses; then nothing of it is left, and everything older is as it was.
     """
-    name = _next_name(find_checkpoints(folder), meta["global_step"])
+    name = next_name(find_checkpoints(folder), meta["global_step"])
     staging = state.staging or folder / f"{STAGING}{name}"
     if state.staging is None:
         _make_staging(folder, staging)
@@ -213,8 +160,8 @@ def _write_optimizer(staging: Path, arrays: Any) -> None:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with the manifest. Raises ValueError that names the first bad file."""
-    manifest.check(checkpoint.path)
+    """Compare every file of the manifest with it. Raises ValueError that names the first bad file."""
+    manifest.check(checkpoint.path, required=(META_FILE,))
     _ = checkpoint.meta  # raises when the whole folder is a copy of another checkpoint's
 
 
@@ -255,13 +202,18 @@ def _load_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints and the newest best one. With `keep` None, all stay."""
+    """Remove all but the `keep` newest checkpoints and the best one. With `keep` None, all stay."""
     checkpoints = find_checkpoints(folder)
     if keep is None or len(checkpoints) <= keep:
         return
-    best = [c for c in checkpoints if c.is_best][-1:]
+    best = find_best(checkpoints)
     for checkpoint in checkpoints[:-keep]:
-        if checkpoint not in best:
+        if checkpoint != best:
+            if best and best.loss and checkpoint.loss and checkpoint.loss < best.loss:
+                log.warning(
+                    f"removing {checkpoint.path.name}, which this run has left: its loss, {checkpoint.loss:.4f}, is "
+                    f"lower than {best.loss:.4f} of {best.path.name}, now the best"
+                )
             doomed = checkpoint.path.with_name(f"{STAGING}{checkpoint.path.name}")  # never half a checkpoint
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed)
@@ -282,24 +234,26 @@ def remove_staging(folder: Path) -> None:
 
 def _point_links(folder: Path) -> None:
     checkpoints = find_checkpoints(folder)
-    for link, target in (("latest", checkpoints[-1:]), ("best", [c for c in checkpoints if c.is_best][-1:])):
-        if target and (not (folder / link).is_symlink() or (folder / link).readlink() != Path(target[0].path.name)):
-            _link(folder, link, target[0].path.name)
-        elif not target:
-            (folder / link).unlink(missing_ok=True)
+    for link, target in (("latest", checkpoints[-1] if checkpoints else None), ("best", find_best(checkpoints))):
+        with contextlib.suppress(OSError):  # a hint, which some disks cannot hold
+            _point(folder / link, target.path.name if target else None, checkpoints)
 
 
-def _next_name(checkpoints: list[Checkpoint], global_step: int) -> str:
-    # Names must sort in the order of commits, also when the clock was set back or a second has two checkpoints.
-    seconds = time.time()
-    if checkpoints:
-        newest = time.strptime(checkpoints[-1].path.name[:16], TIME_FORMAT)
-        seconds = max(seconds, calendar.timegm(newest) + 1)
-    return f"{time.strftime(TIME_FORMAT, time.gmtime(seconds))}-iteration-{global_step}"
+def _point(link: Path, target: str | None, checkpoints: list[Checkpoint]) -> None:
+    """Make a link point to a target, or to nothing. What a copying program has made of it is removed first."""
+    if link.is_dir() and not link.is_symlink() and _is_copy(link, checkpoints):
+        shutil.rmtree(link)
+    if target is None:
+        link.unlink(missing_ok=True)
+    elif not link.is_symlink() or link.readlink() != Path(target):
+        temporary = link.with_name(f".{link.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(link)
 
 
-def _link(folder: Path, link: str, target: str) -> None:
-    temporary = folder / f".{link}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(folder / link)
+def _is_copy(folder: Path, checkpoints: list[Checkpoint]) -> bool:
+    """Return whether a folder is a copy of a checkpoint, by its manifest."""
+    described = folder / manifest.MANIFEST_FILE
+    content = described.read_bytes() if described.is_file() else b""
+    return any(content == (c.path / manifest.MANIFEST_FILE).read_bytes() for c in checkpoints)

@@ -10,8 +10,6 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-from tqdm import tqdm
-
 from outside_in.data.prepare import description as data_description
 from outside_in.data.prepare import pipeline
 from outside_in.data.prepare.destination import unfinished_folders
@@ -20,6 +18,7 @@ from outside_in.data.prepare.places import Piped, is_pipe, read_pipe
 from outside_in.data.prepare.rows import ReadOptions
 from outside_in.runtime import cli
 from outside_in.runtime.log import log
+from outside_in.runtime.progress import Progress
 from outside_in.runtime.signals import StopRequest, listening
 from outside_in.storage.text import counted
 
@@ -30,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     if args.describe:
         if args.folder or args.text or args.hub:
             raise ValueError("--describe: expected without another folder, --text and --hub")
-        with tqdm(unit="token", unit_scale=True, dynamic_ncols=True, leave=False, delay=1) as bar:
+        with Progress(unit="token", unit_scale=True, leave=False, delay=1) as bar:
             _, lines = data_description.describe(args.describe, progress=lambda done: bar.update(done - bar.n))
         print(*lines, sep="\n")
         return cli.DONE
@@ -104,7 +103,7 @@ def prepare(preparation: pipeline.Preparation, workers: int, stop: StopRequest) 
     if preparation.progress.documents:
         log.info(f"resuming after {counted(preparation.progress.documents, 'document')}")
     sizes = [source.size_bytes or 0 for source in preparation.sources]
-    with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+    with Progress(total=sum(sizes) or None, unit="B", unit_scale=True) as bar:
 
         def show(bytes_read: int, preparation: pipeline.Preparation) -> None:
             done, tokens = preparation.progress.documents, preparation.num_tokens

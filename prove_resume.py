@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import checkpointing
 from outside_in.config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
 from outside_in.reports import markdown
 from outside_in.runtime import cli
+from outside_in.runtime.progress import Progress
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.text import counted
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         kills, rows = [], []
         plan = [PHASES[i % len(PHASES)] for i in range(args.kills)]
         rng.shuffle(plan)
-        with tqdm(total=args.kills, unit="kill", dynamic_ncols=True) as bar:
+        with Progress(total=args.kills, unit="kill") as bar:
             while len(kills) < args.kills and not any(difference for *_, difference in rows):
                 killed = write_twin(run, Path(tempfile.mkdtemp(dir=scratch)) / "killed", args.steps)
                 kills += train_and_kill(killed, plan[len(kills) :], args.steps, seconds, rng, bar)
@@ -141,7 +141,7 @@ def train_alone(run: RunDirectory) -> dict[str, float]:
 
 
 def train_and_kill(
-    run: RunDirectory, plan: list[str], steps: int, seconds: dict[str, float], rng: random.Random, bar: tqdm
+    run: RunDirectory, plan: list[str], steps: int, seconds: dict[str, float], rng: random.Random, bar: Progress
 ) -> list[Kill]:
     """Kill a run in each phase of `plan`, then let it end.
 

@@ -19,9 +19,13 @@ MAX_COUNT = 10**15  # more than any machine holds: what is computed from counts 
 MIN_FLOAT32 = 2.0**-126  # devices take smaller ones for 0
 
 
-def key(on_resume: OnResume, default: Any = ..., **limits: Any) -> Any:
-    """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits."""
-    return Field(default, json_schema_extra={"on_resume": on_resume}, **limits)
+def key(on_resume: OnResume, default: Any = ..., *, before: Any = ..., **limits: Any) -> Any:
+    """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits.
+
+    Whoever changes a default says in `before` what it was, for the checkpoints that lack the key.
+    """
+    extra = {"on_resume": on_resume} | ({} if before is ... else {"before": before})
+    return Field(default, json_schema_extra=extra, **limits)
 
 
 def _as_float32(value: float) -> float:
@@ -49,6 +53,26 @@ class Config(BaseModel):
     """The base of both files: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def whole_numbers(cls, content: Any) -> Any:
+        """Take 1e9 for an integer where one is expected."""
+        if not isinstance(content, dict):
+            return content
+        whole = {
+            name: int(value)
+            for name, value in content.items()
+            if isinstance(value, float) and value.is_integer() and name in cls.model_fields
+            if cls.model_fields[name].annotation in (int, int | None)
+        }
+        return content | whole
+
+    @classmethod
+    def before(cls, name: str) -> Any:
+        """Return what key `name` was, in effect, in checkpoints that lack it; its default unless declared."""
+        field = cls.model_fields[name]
+        return field.json_schema_extra.get("before", field.default)  # type: ignore[union-attr]
 
     @classmethod
     def on_resume(cls, name: str) -> OnResume:
@@ -118,18 +142,18 @@ class MeshConfig(Config):
 class TrainConfig(Config):
     """`train.json`: data, batch geometry, optimizer and housekeeping of one run."""
 
-    dataset: str = key("fatal", min_length=1)
+    dataset: str = key("free", min_length=1)  # where the tokens are; that they are the same is checked on resume
     microbatch_size: Count = key("fatal", ge=1)  # sequences on each device
     gradient_accumulation_steps: Count = key("fatal", ge=1)
-    min_train_tokens: Count = key("fatal", ge=-1)  # per epoch; -1: all of them
+    min_train_tokens: Count = key("announced", ge=-1)  # per epoch; -1: all of them
     learning_rate: Float32 = key("announced", gt=0, le=1e3)  # the schedule's peak
 
     initial_weights: str | None = key(
-        "fatal", None, min_length=1
+        "free", None, min_length=1
     )  # a model.safetensors, from here or from the run; None: random
     objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
     microbatches_per_call: Count | None = key("fatal", None, ge=1)  # None: all of a global step
-    epochs: Count = key("fatal", 1, ge=1)
+    epochs: Count = key("announced", 1, ge=1)
     shuffle: bool = key("fatal", True)  # the first epoch too: neighbors in a file are alike, a poor batch
     start_train_token: Count = key("fatal", 0, ge=0)
     start_val_token: Count = key("announced", 0, ge=0)

@@ -1,5 +1,6 @@
 """Token files in host memory, and the batch of every global step."""
 
+import bisect
 import functools
 import hashlib
 import math
@@ -46,6 +47,7 @@ class TokenStream:
     seed: int
     shuffle: bool
     local_sequences: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
+    grown: tuple[int, ...] = ()  # steps of the first epoch at which it was made longer: each part has its own order
     _cache: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
 
     @property
@@ -58,10 +60,13 @@ class TokenStream:
         microbatches, sequences, length = self.batch_shape
         epoch, step_in_epoch = divmod(step, self.num_steps)
         per_step = microbatches * sequences
-        chosen = np.arange(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
+        borders = [0, *(() if epoch else self.grown), self.num_steps]
+        part = bisect.bisect_right(borders, step_in_epoch) - 1
+        first, last = borders[part : part + 2]
+        chosen = np.arange((step_in_epoch - first) * per_step, (step_in_epoch - first + 1) * per_step)
         if self.shuffle or epoch:
-            chosen = _sequence_order(self.seed, epoch, self.num_steps * per_step)[chosen]
-        return (chosen * length).reshape(microbatches, sequences)
+            chosen = _sequence_order(self.seed, epoch, part, (last - first) * per_step)[chosen]
+        return ((chosen + first * per_step) * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs and targets of global step `step`, counted from 0.
@@ -115,8 +120,8 @@ def _windows(tokens: np.ndarray, positions: np.ndarray, length: int) -> np.ndarr
 
 
 @functools.lru_cache(maxsize=1)
-def _sequence_order(seed: int, epoch: int, num_sequences: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+def _sequence_order(seed: int, epoch: int, part: int, num_sequences: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, part] if part else [seed, epoch]).permutation(num_sequences)
 
 
 def open_streams(
@@ -126,6 +131,8 @@ def open_streams(
     steps_per_epoch: int,
     devices: int = 1,
     local_sequences: tuple[int, int] | None = None,
+    *,
+    grown: tuple[int, ...] = (),
 ) -> tuple[TokenStream, TokenStream | None]:
     """Load the tokens that a run trains on and validates on.
 
@@ -138,7 +145,7 @@ def open_streams(
     load = load_tokens if local_sequences is None else map_tokens
     tokens = load(folder / TRAIN, model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
-    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences, grown)
     if not validation_count:
         return train_stream, None
     tokens = load_tokens(folder / VALIDATION, model.vocab_size, train.start_val_token, validation_count)

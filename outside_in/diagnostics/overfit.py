@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
-from tqdm import tqdm
 
 from model import create_model
 from outside_in.config import ModelConfig, TrainConfig
@@ -14,6 +13,7 @@ from outside_in.data.sources import dataset_folder
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
+from outside_in.runtime.progress import Progress
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import compile_train_step
 
@@ -25,7 +25,7 @@ def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: Tra
     """Check that a fresh model learns the first microbatch: `--overfit-one-batch`."""
     log.info(initialize_devices())
     losses = []
-    with tqdm(total=MAX_STEPS, unit="step", dynamic_ncols=True) as bar:
+    with Progress(total=MAX_STEPS, unit="step") as bar:
         for loss in overfit(model_config, config, whole_steps(model_config, config) // config.epochs):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)

@@ -17,6 +17,7 @@ from outside_in.inference.load import find_tokenizer, find_weights, load_saved_m
 from outside_in.runtime import cli
 from outside_in.storage import manifest
 from outside_in.storage.atomic import atomic_directory
+from outside_in.storage.checkpoint_folder import find_checkpoints, find_named
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.strict_json import read_json
 from outside_in.storage.text import counted
@@ -166,11 +167,11 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
     """Return the weights file of a run's checkpoint `which`. With None, that is what `find_weights` returns."""
     if which is None:
         return find_weights(source)
-    folder = RunDirectory(source).checkpoints
-    if not (folder / which / WEIGHTS).is_file():
-        names = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))) or "none"
-        raise ValueError(f"{source}: no checkpoint {which!r}; available: {names}")
-    return folder / which / WEIGHTS
+    checkpoints = find_checkpoints(RunDirectory(source).checkpoints)
+    if named := find_named(checkpoints, which):
+        return named.path / WEIGHTS
+    names = ", ".join(checkpoint.path.name for checkpoint in checkpoints) or "none"
+    raise ValueError(f"{source}: no checkpoint {which!r}; available: {names}")
 
 
 def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int) -> str:

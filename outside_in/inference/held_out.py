@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from model import GPTModel, count_parameters
 from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config
-from outside_in.data.loader import load_tokens
+from outside_in.data.loader import fingerprint, load_tokens
 from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens
-from outside_in.data.tokenizer import Tokenizer, check_same
+from outside_in.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_same
 from outside_in.inference.evaluation import num_windows, standard_error, windowed_losses
 from outside_in.inference.hellaswag import Question, answer, count_longer, read_questions
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model, need_tokenizer
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
+from outside_in.runtime.progress import Progress
+from outside_in.storage.checkpoint_folder import find_checkpoints
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.weights import read_model_json
 
@@ -59,6 +60,8 @@ def read_tokens(args: argparse.Namespace, files: list[Path]) -> tuple[dict[str, 
     vocab_size = min(parse_config(read_model_json(file), ModelConfig, str(file)).vocab_size for file in files)
     dataset = args.dataset or dataset_of(args.models[0])
     path = dataset_folder(dataset) / f"{args.split}.safetensors"
+    if not args.dataset:
+        notice_other_content(args.models[0], path.parent)
     of_data = dataset_tokenizer(dataset)
     for model, file in zip(args.models, files, strict=True):
         check_same(find_tokenizer(file), of_data, str(model), dataset)
@@ -83,6 +86,20 @@ def dataset_of(path: Path) -> str:
     raise ValueError(f"{path}: is not in a run, so its dataset is unknown; choose one with --dataset")
 
 
+def notice_other_content(path: Path, folder: Path) -> None:
+    """Log a warning when the validation tokens are not those that the run of a path was validated on."""
+    run = next(RunDirectory(f) for f in (path, *path.absolute().parents[:3]) if RunDirectory(f).train_config.is_file())
+    config, checkpoints = load_config(run.train_config, TrainConfig), find_checkpoints(run.checkpoints)
+    validated = checkpoints[-1].meta.get("data", {}).get("validation") if checkpoints else None
+    if not validated:
+        return
+    count, file = int(validated.partition(" ")[0]), folder / "validation.safetensors"
+    available = max(0, count_tokens(file) - config.start_val_token)
+    found = fingerprint(load_tokens(file, MAX_VOCAB_SIZE, config.start_val_token, min(count, available)))
+    if found != validated:
+        log.warning(f"{file}: holds other tokens than {run.path} was validated on, so the losses cannot be compared")
+
+
 def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """Return the loss of every token but the first, (tokens,), float32."""
     length = model.config.context_length
@@ -91,7 +108,7 @@ def losses_of(model: GPTModel, tokens: np.ndarray, args: argparse.Namespace) -> 
     max_windows = num_windows(len(tokens) - 1, length, args.stride or length)
     windows = min(args.batch or max(1, TOKENS_PER_BATCH // length), max_windows)
     parts = []
-    with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+    with Progress(total=len(tokens) - 1, unit="token", unit_scale=True) as bar:
         for part in windowed_losses(model, tokens, stride=args.stride, windows_per_batch=windows):
             parts.append(part)
             bar.update(len(part))
@@ -135,7 +152,7 @@ def hellaswag(
     if longer := count_longer(questions, model.config.context_length, tokenizer):
         print(f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated")
     right = np.zeros(2, int)
-    with tqdm(total=len(questions), unit="question", dynamic_ncols=True) as bar:
+    with Progress(total=len(questions), unit="question") as bar:
         for i, per_token, whole in answer(model, questions, tokenizer):
             check_finite(path, whole)
             right += np.array([per_token.argmin(), whole.argmin()]) == questions[i].label

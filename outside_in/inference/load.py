@@ -11,6 +11,7 @@ from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed, check_
 from outside_in.data.tokenizer_files import from_identity, load
 from outside_in.runtime.machine import memory_bytes
 from outside_in.storage import manifest
+from outside_in.storage.checkpoint_folder import find_best, find_checkpoints, find_named
 from outside_in.storage.run_directory import RunDirectory, check_not_hugging_face, import_advice
 from outside_in.storage.strict_json import parse_object
 from outside_in.weights import TOKENIZER_KEY, load_model, load_weights, read_metadata, read_model_json
@@ -76,18 +77,23 @@ def find_weights(path: Path) -> Path:
     Of a run that is its best checkpoint, else its newest, else the weights that it starts from. Raises ValueError when
     there is none.
     """
+    run = RunDirectory(path)
+    if path.parent.name == run.checkpoints.name and not path.is_dir():  # a link, which a copy of a run may lack
+        named = find_named(find_checkpoints(path.parent), path.name)
+        path = named.path if named else path
     check_not_hugging_face(path if path.is_dir() else path.parent)
     if path.is_file():
         return _ours(path)
-    run = RunDirectory(path)
-    folders = path, run.checkpoints / "best", run.checkpoints / "latest", run.initial_weights.parent
+    checkpoints = find_checkpoints(run.checkpoints)
+    found = [c.path for c in (find_best(checkpoints), *checkpoints[-1:]) if c]
+    folders = [path, *found, run.initial_weights.parent]
     for candidate in (folder / MODEL_FILE for folder in folders):
         if candidate.is_file():
             return _ours(candidate)
-    found = "a folder without one" if path.is_dir() else "nothing"
+    there = "a folder without one" if path.is_dir() else "nothing"
     if not path.exists() and HUB_ID.fullmatch(str(path)) and not path.parent.is_dir():
-        found += f"; a model of the Hub must be imported: uv run convert_gpt2.py import {path} RUN"
-    raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {found}")
+        there += f"; a model of the Hub must be imported: uv run convert_gpt2.py import {path} RUN"
+    raise ValueError(f"{path}: expected a {MODEL_FILE}, a checkpoint, or a run that has one, found {there}")
 
 
 def _ours(path: Path) -> Path:

@@ -130,9 +130,9 @@ def draw_comparison(path: Path, curves: list[Curve], *, x_label: str) -> None:
             means = [sum(loss for _, loss in group) / len(group) for group in groups]
             axes.plot([group[-1][0] for group in groups], means, color=color, linewidth=0.8, alpha=0.6)
             if curve.validation:
-                axes.plot(*zip(*curve.validation), "o-", color=color, markersize=4, label=curve.label)
+                axes.plot(*zip(*curve.validation), "o-", color=color, markersize=4, label=literal(curve.label))
             else:
-                axes.plot([], color=color, linewidth=0.8, label=f"{curve.label} (no validation)")
+                axes.plot([], color=color, linewidth=0.8, label=literal(f"{curve.label} (no validation)"))
 
 
 def _periods(records: list[Record], period: int) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -148,6 +148,12 @@ def _periods(records: list[Record], period: int) -> tuple[list[float], list[floa
     return steps, averages, lows, highs
 
 
+def literal(name: str) -> str:
+    """Return a name as Matplotlib shows it: a dollar is no mathematics, an underscore at its start hides no label."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
 @contextlib.contextmanager
 def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") -> Iterator["Axes"]:
     """Yield the axes of a new chart, which is then written."""
@@ -156,7 +162,7 @@ def _figure(path: Path, title: str, y_label: str, x_label: str = "global step") 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     yield axes
-    axes.set_title(title)
+    axes.set_title(literal(title))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter("{x:,.0f}")

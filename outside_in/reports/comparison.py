@@ -30,14 +30,25 @@ class RunResult:
     model_config: ModelConfig
     config: TrainConfig
     records: list[metrics.Record]  # at least one
-    checkpoint_seconds: float | None  # of training, with compiling, validation and checkpoints
+    meta: dict[str, Any]  # of the newest readable checkpoint; empty without one
 
     @property
-    def comparison_key(self) -> tuple[Any, ...]:
-        """Return what the losses of two runs must share to be comparable."""
+    def checkpoint_seconds(self) -> float | None:
+        """Return the time of training up to it, with compiling, validation and checkpoints."""
+        seconds = self.meta.get("seconds_trained")
+        return float(seconds) if isinstance(seconds, int | float) else None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Return where its validation tokens are."""
         config = self.config
-        dataset = config.dataset.removeprefix(HUB)
-        return self.model_config.vocab_size, config.objective, dataset, config.start_val_token
+        return config.dataset.removeprefix(HUB), config.start_val_token, config.val_tokens
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return what its validation tokens are; None if no checkpoint says."""
+        data = self.meta.get("data")
+        return data.get("validation") if isinstance(data, dict) else None
 
     @property
     def average_loss(self) -> float | None:
@@ -87,20 +98,30 @@ def read(run: RunDirectory) -> RunResult | None:
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.read(run.metrics)
     metrics.check_complete(run.metrics, records)
-    return RunResult(run, model_config, config, records, seconds_trained(run)) if records else None
+    return RunResult(run, model_config, config, records, newest_meta(run)) if records else None
 
 
-def seconds_trained(run: RunDirectory) -> float | None:
-    """Return the time of training up to the newest checkpoint. None without a readable one."""
-    with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
-        return float(find_checkpoints(run.checkpoints)[-1].meta["seconds_trained"])
-    return None
+def newest_meta(run: RunDirectory) -> dict[str, Any]:
+    """Return the meta of a run's newest checkpoint; empty without a readable one."""
+    with contextlib.suppress(IndexError, ValueError):
+        return find_checkpoints(run.checkpoints)[-1].meta
+    return {}
 
 
 def not_comparable(runs: list[RunResult]) -> list[RunResult]:
-    """Return the runs whose losses cannot be compared with most others'. In a tie, the first run's count as most."""
-    [(usual, _)] = Counter(run.comparison_key for run in runs).most_common(1)
-    return [run for run in runs if run.comparison_key != usual]
+    """Return the runs whose losses cannot be compared with most others'. In a tie, the first run's count as most.
+
+    They must share objective, vocabulary and validation tokens. Those are the same if their fingerprints are; a run
+    without a checkpoint has those of another one that takes them from the same place.
+    """
+    known = {run.place: run.fingerprint for run in runs if run.fingerprint}
+
+    def key(run: RunResult) -> tuple[Any, ...]:
+        tokens = run.fingerprint or known.get(run.place, run.place)
+        return run.model_config.vocab_size, run.config.objective, tokens
+
+    [(usual, _)] = Counter(map(key, runs)).most_common(1)
+    return [run for run in runs if key(run) != usual]
 
 
 def table(runs: list[RunResult]) -> list[str]:

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -33,11 +35,13 @@ class _TolerantStream:
     """An output stream whose errors do not end the program.
 
     On a full disk the output is lost, and also when its reader has gone, as `tee` goes with the Ctrl-C that stops the
-    training.
+    training. Characters that it cannot show are replaced.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115  # it was closed before the program started
+        if isinstance(self._stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 lacks characters
+            self._stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         try:

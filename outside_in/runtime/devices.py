@@ -35,8 +35,16 @@ def initialize_devices() -> str:
     logger.addFilter(keep)
     if not NVIDIA.exists():
         keep_freed_memory()
+    check_environment()
     try:
         devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the second without a message
+        if not (wanted := os.environ.get("JAX_PLATFORMS")):
+            raise
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted}: JAX cannot use such devices here ({str(error)[:200] or 'not installed'}); unset "
+            "it, or install what they need (CUDA's wheels come with uv's group cuda)"
+        ) from None
     finally:
         logger.removeFilter(keep)
     device = devices[0]
@@ -44,6 +52,14 @@ def initialize_devices() -> str:
         no_driver = any("cuda" in line for line in messages)
         return "running on the CPU" + (" (no usable NVIDIA GPU or driver was found)" if no_driver else "")
     return f"running on {device.device_kind}"
+
+
+def check_environment() -> None:
+    """Raise ValueError when an environment variable makes JAX compute otherwise than training expects."""
+    if jax.config.jax_enable_x64:
+        raise ValueError("JAX_ENABLE_X64: training is in 32 bits, and its checkpoints too; unset this variable")
+    if jax.config.jax_disable_jit:
+        raise ValueError("JAX_DISABLE_JIT: training needs compiled steps; unset this variable")
 
 
 def device_kind() -> str:

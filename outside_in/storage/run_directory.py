@@ -1,6 +1,7 @@
 """The paths inside `runs/<name>/`, and the lock of a run."""
 
 import contextlib
+import difflib
 import fcntl
 import os
 import re
@@ -67,7 +68,10 @@ class RunDirectory:
         if self.path.is_file():
             raise ValueError(f"{self.path}: expected a run folder, got a file; name the folder that holds train.json")
         if not self.path.is_dir():
-            raise ValueError(f"{self.path}: expected a run folder, found nothing; `uv run train.py` lists the runs")
+            beside = [path.name for path in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
+            close = difflib.get_close_matches(self.path.name, beside, n=1)
+            hint = f"did you mean {self.path.with_name(close[0])}?" if close else "`uv run train.py` lists the runs"
+            raise ValueError(f"{self.path}: expected a run folder, found nothing; {hint}")
         check_not_hugging_face(self.path)
 
     @contextlib.contextmanager
@@ -88,6 +92,10 @@ class RunDirectory:
             except BlockingIOError:
                 owner = _owner(file)
                 raise ValueError(f"{self.path}: is being trained by {owner}; stop that one or wait for it") from None
+            except OSError as error:  # some network disks have no locks
+                raise ValueError(
+                    f"{lock_file}: cannot be locked ({error.strerror}); mount its disk with locks, or use a local one"
+                ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -130,5 +138,13 @@ def _is_alive(process: int) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:
-    """List the runs at and below `folder`, in order of their names."""
-    return [RunDirectory(path.parent) for path in sorted(folder.glob("**/train.json"))]
+    """List the runs at and below `folder`, in order of their names. Links to folders are followed, once each."""
+    runs, seen = [], set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if "train.json" in files:
+            runs.append(Path(name))
+    return [RunDirectory(path) for path in sorted(runs)]

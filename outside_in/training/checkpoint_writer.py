@@ -23,6 +23,7 @@ from outside_in.reports import charts
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
 from outside_in.storage import metrics, samples
+from outside_in.storage.checkpoint_folder import beats
 from outside_in.train_step import Compiled
 from outside_in.training.state import TrainState
 from outside_in.weights import on_one_device
@@ -214,12 +215,8 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
         "sequences_per_step": state.sequences_per_step,
         **state.snapshot,
     }
-    measure = "val_loss" if state.val_stream else "avg_train_loss"
-    best = [c.meta for c in checkpointing.find_checkpoints(state.run.checkpoints) if c.is_best][-1:]
-    on_same_data = [other for other in best if other.get("data") == state.snapshot["data"]]
-    to_beat = on_same_data[0].get(measure) if on_same_data else None
-    score = meta[measure]
-    meta["is_best"] = is_milestone and score is not None and not (isinstance(to_beat, float) and to_beat <= score)
+    before = checkpointing.find_checkpoints(state.run.checkpoints)
+    meta["is_best"] = is_milestone and beats(meta, state.measure, before)
     return meta
 
 

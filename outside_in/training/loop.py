@@ -7,7 +7,6 @@ import zlib
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 import checkpointing
 from outside_in.data.loader import Batch, place_batch
@@ -18,6 +17,7 @@ from outside_in.reports.flops import mfu
 from outside_in.runtime import processes
 from outside_in.runtime.devices import device_kind
 from outside_in.runtime.log import log
+from outside_in.runtime.progress import Progress
 from outside_in.runtime.signals import StopRequest
 from outside_in.storage.metrics import Record, finite
 from outside_in.train_step import Compiled, StepReport, compile_train_step, mean_loss_of_calls, steps_ahead
@@ -47,11 +47,10 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
     is_stuck, finding = False, None
     with (
         CheckpointWriter(state, lambda: bool(stop)) as writer,
-        tqdm(
+        Progress(
             total=total,
             initial=state.global_step,
             unit="step",
-            dynamic_ncols=True,
             disable=not processes.is_main_process(),
         ) as bar,
     ):
@@ -108,7 +107,7 @@ def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compil
     return step
 
 
-def finish_step(state: TrainState, started: StartedStep, bar: tqdm) -> bool:
+def finish_step(state: TrainState, started: StartedStep, bar: Progress) -> bool:
     """Wait for a step, record and show it. Returns whether too many updates in a row were rejected."""
     reports = jax.device_get(started.reports)
     loss = mean_loss_of_calls(reports)
@@ -160,11 +159,11 @@ def way_back(state: TrainState) -> str:
     run, uniform = state.run, math.log(state.model_config.vocab_size)
     start = f"uv run train.py {shlex.quote(str(run.path))}"
     again = f"lower learning_rate, move {run.checkpoints} away, and start again: {start}"
-    best = [c for c in checkpointing.find_checkpoints(run.checkpoints) if c.is_best][-1:]
-    if not best:
+    best = checkpointing.find_best(checkpointing.find_checkpoints(run.checkpoints))
+    if best is None:
         return f"there is no best checkpoint to go back to: {again}"
-    loss = best[0].meta.get("val_loss" if state.val_stream else "avg_train_loss")
+    loss = best.meta.get(state.measure)
     if loss is not None and loss > uniform:  # None: whether there is validation has changed since
-        of_step = f"the best checkpoint, of step {best[0].global_step:,}, is no better than a uniform guess"
+        of_step = f"the best checkpoint, of step {best.global_step:,}, is no better than a uniform guess"
         return f"{of_step} (loss {loss:.4f} against {uniform:.4f}), so it has diverged too: {again}"
     return f"lower learning_rate, or check the data, and go back: {start} --from best --accept-changes"

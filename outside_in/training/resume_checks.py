@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from checkpointing import META_FILE, find_checkpoints
 from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
 from outside_in.data.hub import HUB
 from outside_in.data.tokenizer import Tokenizer
+from outside_in.optimizer import learning_rate_schedule
 from outside_in.runtime.log import log
+from outside_in.storage.checkpoint_folder import Checkpoint
 from outside_in.storage.run_directory import RunDirectory
 
+DEFAULTS = {"random numbers": "threefry2x32"}  # of checkpoints that do not say it
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
 
@@ -34,7 +38,8 @@ def snapshot(
 def versions() -> dict[str, str]:
     """Return the versions and the device that bit-for-bit repetition depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries}
+    random_numbers = {"random numbers": str(jax.config.jax_default_prng_impl)}  # JAX_DEFAULT_PRNG_IMPL
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries, **random_numbers}
 
 
 def check_form(meta: dict[str, Any], source: Path) -> None:
@@ -62,7 +67,7 @@ def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig,
     for change in changes["announced"] + changes["free"]:
         log.info(f"since the checkpoint: {change}")
     for name, version in versions().items():
-        if (old_version := saved["versions"].get(name)) != version:
+        if (old_version := saved["versions"].get(name, DEFAULTS.get(name))) != version:
             log.info(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
 
 
@@ -71,6 +76,46 @@ def check_newest(run: RunDirectory, model: ModelConfig, train: TrainConfig) -> N
     for checkpoint in find_checkpoints(run.checkpoints)[-1:]:
         check_form(checkpoint.meta, checkpoint.path / META_FILE)
         check_configs(checkpoint.meta, model, train, accept=False)
+
+
+def num_train_tokens(meta: dict[str, Any]) -> int | None:
+    """Return how many training tokens an epoch has, from a checkpoint's meta."""
+    match = re.match(r"(\d+) tokens,", str(meta["data"].get("train")))
+    return int(match[1]) if match else None
+
+
+def check_length(
+    checkpoint: Checkpoint | None, total: int, tokens_per_step: int, config: TrainConfig
+) -> tuple[int, ...]:
+    """Return the steps at which the first epoch was made longer, and log what a new length does.
+
+    Raises ValueError when a run cannot have the new length.
+    """
+    count = num_train_tokens(checkpoint.meta) if checkpoint else None
+    if checkpoint is None or count is None:
+        return ()
+    step, old_epochs = checkpoint.global_step, checkpoint.meta["train_config"].get("epochs", 1)
+    old_steps, steps = (count - 1) // tokens_per_step, total // config.epochs
+    old_total, grown = old_steps * old_epochs, tuple(checkpoint.meta.get("grown", ()))
+    if total < step:
+        raise ValueError(
+            f"train.json: the run would end at step {total:,}, but it is at step {step:,}; undo that, or go back "
+            "with --from"
+        )
+    if steps != old_steps:
+        if steps < old_steps or old_epochs > 1:
+            raise ValueError(
+                f"train.json: an epoch of {steps:,} steps, but this run has epochs of {old_steps:,}, and only a run of "
+                "one can get longer ones; change epochs instead, or start a new run"
+            )
+        grown = (*grown, old_steps)
+    if total != old_total:
+        old, new = (float(learning_rate_schedule(config, n)(step)) for n in (old_total, total))
+        log.info(
+            f"the run has {total:,} steps now, not {old_total:,}; by its schedule, the learning rate after step "
+            f"{step:,} is {new:.3g} now, not {old:.3g}"
+        )
+    return grown
 
 
 def check_data(saved: dict[str, Any], data: dict[str, str | None], *, accept: bool) -> None:
@@ -96,13 +141,16 @@ def check_tokenizer(saved: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
-    # A key that the snapshot lacks came with a later version: there is nothing to compare it with.
+    # A key that the snapshot lacks came with a later version: then it was what runs without it did.
+    whole = {name: new.before(name) for name in type(new).model_fields if name not in old} | old
     return {
-        name: f"{name}: {json.dumps(old[name])} → {json.dumps(value)}"
+        name: f"{name}: {json.dumps(whole[name], default=dict)} → {json.dumps(value)}"
         for name, value in new.model_dump().items()
-        if name in old and _meaning(name, old[name]) != _meaning(name, value)
+        if _meaning(name, whole[name]) != _meaning(name, value)
     }
 
 
 def _meaning(name: str, value: Any) -> Any:
+    if isinstance(value, Config):
+        return dict(value)
     return value.removeprefix(HUB) if name == "dataset" and isinstance(value, str) else value

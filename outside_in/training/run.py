@@ -45,7 +45,7 @@ def run_training(
         keep = config.keep_checkpoints if is_finished else None
         processes.on_main_process(checkpointing.repair_links_and_prune, run.checkpoints, keep)
         if is_finished:
-            log.info(f"{run.path} is finished: step {total:,} of {total:,}, {run.checkpoints / 'latest'}")
+            log.info(f"{run.path} is finished: step {total:,} of {total:,}, {checkpoint.path}")
             return DONE
     log.info(initialize_devices())
     plan = plan_run(run, model_config, config, checkpoint)

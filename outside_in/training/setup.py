@@ -24,6 +24,7 @@ from outside_in.runtime.log import log
 from outside_in.runtime.mesh import local_sequence_slice, make_mesh, place
 from outside_in.runtime.timing import TimeBudget
 from outside_in.storage import manifest, samples
+from outside_in.storage.checkpoint_folder import beats
 from outside_in.storage.metrics import MetricsLog
 from outside_in.storage.run_directory import RunDirectory, find_runs
 from outside_in.training import resume_checks
@@ -41,6 +42,7 @@ class Plan:
     config_as_written: TrainConfig  # in train.json
     mesh: Mesh
     total_steps: int
+    grown: tuple[int, ...] = ()  # steps at which the first epoch was made longer
 
 
 def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, checkpoint: Checkpoint | None) -> Plan:
@@ -49,7 +51,9 @@ def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, 
     devices = devices_at_start(config, checkpoint.meta) if checkpoint else mesh.devices.size
     sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
     adapted = with_sequences_per_step(config, sequences, mesh.devices.size)
-    return Plan(run, model_config, adapted, config, mesh, whole_steps(model_config, config, devices))
+    total = whole_steps(model_config, config, devices)
+    grown = resume_checks.check_length(checkpoint, total, sequences * model_config.context_length, config)
+    return Plan(run, model_config, adapted, config, mesh, total, grown)
 
 
 def describe_progress(run: RunDirectory) -> str:
@@ -89,7 +93,13 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         local_sequences = local_sequence_slice(mesh, config.microbatch_size)
         steps = plan.total_steps // config.epochs
         train_stream, val_stream = open_streams(
-            folder, plan.model_config, config, steps, mesh.devices.size, local_sequences
+            folder,
+            plan.model_config,
+            config,
+            steps,
+            mesh.devices.size,
+            grown=plan.grown,
+            local_sequences=local_sequences,
         )
     fingerprints = {
         "train": fingerprint(train_stream.tokens) if processes.is_main_process() else None,
@@ -114,7 +124,8 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         optimizer=optimizer,
         train_stream=train_stream,
         val_stream=val_stream,
-        snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints, tokenizer),
+        snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints, tokenizer)
+        | {"grown": list(plan.grown)},
         tokenizer=tokenizer,
         bytes_per_token=bytes_per_token(tokenizer, val_stream or train_stream),
         reference_losses=reference_losses(plan.model_config, train_stream, val_stream),
@@ -162,7 +173,12 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     too.
     """
     resume_checks.check_tokenizer(checkpoint.meta, state.snapshot)
-    resume_checks.check_data(checkpoint.meta, state.snapshot["data"], accept=accept)
+    count = resume_checks.num_train_tokens(checkpoint.meta) or 0
+    data = state.snapshot["data"]
+    if count < state.train_stream.tokens.size:  # the run has been made longer
+        tokens = state.train_stream.tokens[:count]
+        data = data | {"train": processes.broadcast(fingerprint(tokens) if processes.is_main_process() else None)}
+    resume_checks.check_data(checkpoint.meta, data, accept=accept)
     with processes.propagate_errors():
         checkpointing.load(checkpoint, state.model, state.optimizer)
     state.global_step = state.saved_step = checkpoint.global_step
@@ -170,6 +186,8 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     state.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
     if commit_again:
         meta, model_json = checkpoint.meta | state.snapshot, state.model_config.model_dump_json()
+        before = [other for other in checkpointing.find_checkpoints(state.run.checkpoints) if other <= checkpoint]
+        meta["is_best"] = checkpoint.is_validated and beats(meta, state.measure, before)
         copy = checkpointing.snapshot(state.run.checkpoints, state.model, state.optimizer, state.global_step)
         processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json, state.files)
     with processes.propagate_errors():

@@ -56,6 +56,11 @@ class TrainState:
         return self.metrics.records
 
     @property
+    def measure(self) -> str:
+        """Return by which of a checkpoint's losses it is judged."""
+        return "val_loss" if self.val_stream else "avg_train_loss"
+
+    @property
     def files(self) -> dict[str, bytes]:
         """Return what else a checkpoint holds, so that it completes text anywhere: the tokenizer's file."""
         return {TOKENIZER_FILE: self.tokenizer.file} if self.tokenizer and self.tokenizer.file else {}

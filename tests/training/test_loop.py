@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from outside_in import train_step
+from outside_in.runtime import progress
 from outside_in.training import loop, run
 
 
@@ -25,9 +26,19 @@ def train(call_program):
 def test_the_progress_bar_shows_speed_and_mfu_where_the_peak_is_known(train, make_run, monkeypatch, kind, line, shown):
     for module in (loop, run):
         monkeypatch.setattr(module, "device_kind", lambda: kind)
+    monkeypatch.setattr(progress.Progress, "is_bar", True)
     finished = train(make_run())
     assert re.search(line, finished.stdout) and ("peak" in finished.stdout) == (kind != "cpu")
     assert re.search(rf"loss \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
+
+
+def test_in_a_file_progress_is_a_line_now_and_then(train, make_run, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    finished = train(make_run())
+    assert re.search(r"step \d+ of 12: loss \d\.\d{4}, [\d,]+ tokens/s\n", finished.stdout)
+    assert "\r" not in finished.stdout + finished.stderr and "step/s" not in finished.stderr
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1000)
+    assert not re.search(r"step \d+ of 12:", train(make_run("other")).stdout)
 
 
 @pytest.mark.parametrize(("per_call", "ahead"), [(1, 1), (4, 1), (4, 0)])
