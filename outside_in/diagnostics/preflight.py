@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from checkpointing import find_checkpoints
 from model import parameter_shapes
 from outside_in.config import (
+    MAX_COUNT,
     ModelConfig,
     TrainConfig,
     devices_at_start,
@@ -42,7 +43,7 @@ from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.text import counted
 
-GIB, EXBIBYTE = 2**30, 2**60
+GIB = 2**30
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
 
 
@@ -50,7 +51,8 @@ def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> 
     """Print what a run will be and need: `--check`."""
     print(initialize_devices())
     mesh = make_mesh(config.mesh)
-    check_fits(model_config, config, mesh, EXBIBYTE)  # before anything is computed from absurd sizes
+    if model_config.emb_dim > MAX_COUNT:  # what follows would not be within float64
+        check_fits(model_config, config, mesh)
     try:
         status = availability(config.dataset)
     except ValueError:
@@ -80,14 +82,11 @@ def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh
     check_fits(model, train, mesh)
 
 
-def check_fits(model: ModelConfig, train: TrainConfig, mesh: Mesh, limit: float = 0) -> None:
-    """Raise ValueError when a device cannot hold the parameters, their moments, and one hidden state.
-
-    With `limit`, in bytes, only when they are larger than that.
-    """
+def check_fits(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
+    """Raise ValueError when a device cannot hold the parameters, their moments, and one hidden state."""
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
     hidden = train.microbatch_size * model.context_length * model.emb_dim
-    if 3 * 4 * parameters // mesh.shape[FSDP] + 2 * hidden > max(limit, bytes_available()):
+    if 3 * 4 * parameters // mesh.shape[FSDP] + 2 * hidden > bytes_available():
         what, keys = "parameters and their moments need", "emb_dim or n_layers"
         if hidden > parameters:
             what, keys = "hidden states need", "microbatch_size or context_length"
