@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -56,9 +57,10 @@ def initialize_devices() -> str:
 
 def check_environment() -> None:
     """Raise ValueError when an environment variable makes JAX compute otherwise than training expects."""
-    if jax.config.jax_enable_x64:
+    options: Any = jax.config  # their names are defined as JAX starts
+    if options.jax_enable_x64:
         raise ValueError("JAX_ENABLE_X64: training is in 32 bits, and its checkpoints too; unset this variable")
-    if jax.config.jax_disable_jit:
+    if options.jax_disable_jit:
         raise ValueError("JAX_DISABLE_JIT: training needs compiled steps; unset this variable")
 
 

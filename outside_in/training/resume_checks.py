@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from checkpointing import META_FILE, find_checkpoints
 from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
@@ -38,7 +39,8 @@ def snapshot(
 def versions() -> dict[str, str]:
     """Return the versions and the device that bit-for-bit repetition depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    random_numbers = {"random numbers": str(jax.config.jax_default_prng_impl)}  # JAX_DEFAULT_PRNG_IMPL
+    options: Any = jax.config
+    random_numbers = {"random numbers": str(options.jax_default_prng_impl)}  # JAX_DEFAULT_PRNG_IMPL
     return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, **libraries, **random_numbers}
 
 
@@ -110,7 +112,7 @@ def check_length(
             )
         grown = (*grown, old_steps)
     if total != old_total:
-        old, new = (float(learning_rate_schedule(config, n)(step)) for n in (old_total, total))
+        old, new = (np.asarray(learning_rate_schedule(config, n)(step)).item() for n in (old_total, total))
         log.info(
             f"the run has {total:,} steps now, not {old_total:,}; by its schedule, the learning rate after step "
             f"{step:,} is {new:.3g} now, not {old:.3g}"
