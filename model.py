@@ -268,7 +268,13 @@ def check_variables(model: nnx.Module) -> None:
 
 def abstract_model(config: ModelConfig) -> GPTModel:
     """Build a model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: GPTModel(config, nnx.Rngs(0)))
+
+    def build() -> GPTModel:
+        model = GPTModel(config, nnx.Rngs(0))
+        check_variables(model)
+        return model
+
+    return nnx.eval_shape(build)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

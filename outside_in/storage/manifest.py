@@ -20,10 +20,11 @@ def write(folder: Path) -> None:
 def check(folder: Path, required: Iterable[str] = ()) -> None:
     """Compare every file that the manifest lists with it. Raises ValueError that names the first bad file.
 
-    The manifest must list the `required` ones. Files that it does not list, as operating systems leave them, do not
-    count.
+    The manifest must list the `required` ones. Plain files that it does not list, as operating systems leave them, do
+    not count; links and devices do.
     """
     try:
+        found = set(_files(folder))
         described = read_json(folder / MANIFEST_FILE)
         expected = {file: (entry["size"], entry["sha256"]) for file, entry in described.items()}
     except (OSError, RecursionError) as error:
@@ -32,16 +33,16 @@ def check(folder: Path, required: Iterable[str] = ()) -> None:
         raise ValueError(
             f"{folder / MANIFEST_FILE}: expected size and sha256 of every file, got something else"
         ) from None
-    for file in expected:
+    for file in found | expected.keys():
         if not file.isprintable() or len(file) > 1000:
             raise ValueError(f"{folder}: expected printable file names, got {file[:100]!r}")
     if lacking := sorted(set(required) - expected.keys()):
         raise ValueError(f"{folder / MANIFEST_FILE}: does not list {lacking[0]}")
-    for file in sorted(expected):
-        if not (folder / file).exists() and not (folder / file).is_symlink():
-            raise ValueError(f"{folder / file}: missing")
+    for file in sorted(found):
         if (folder / file).is_symlink() or not (folder / file).is_file():  # reading a pipe would wait for its writer
             raise ValueError(f"{folder / file}: is a link or a device, expected a plain file")
+    if missing := sorted(expected.keys() - found):  # what lies elsewhere is not there either
+        raise ValueError(f"{folder / missing[0]}: missing")
     for file, (size, digest) in expected.items():
         try:
             is_whole = (folder / file).stat().st_size == size and _describe(folder / file)["sha256"] == digest

@@ -187,7 +187,8 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     if commit_again:
         meta, model_json = checkpoint.meta | state.snapshot, state.model_config.model_dump_json()
         before = [other for other in checkpointing.find_checkpoints(state.run.checkpoints) if other <= checkpoint]
-        meta["is_best"] = checkpoint.is_validated and beats(meta, state.measure, before)
+        is_best_now = checkpoint.is_validated and beats(meta, state.measure, before)  # better ones may be gone
+        meta["is_best"] = checkpoint.is_best or is_best_now
         copy = checkpointing.snapshot(state.run.checkpoints, state.model, state.optimizer, state.global_step)
         processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json, state.files)
     with processes.propagate_errors():

@@ -240,7 +240,7 @@ def test_a_number_of_devices_that_does_not_divide_a_step_says_which_do(train, ma
 
 
 def test_the_preflight_says_what_becomes_of_each_array(train, make_run):
-    finished = train(make_run(train=SPREAD | {"mesh": {"data": 2, "fsdp": 4}}), "--check")
+    finished = train(make_run(train=SPREAD | {"mesh": {"data": 2, "fsdp": 4}, "min_train_tokens": 1024}), "--check")
     assert finished.returncode == 0, finished.stderr
     assert "mesh    8 devices: data 2 × fsdp 4\n" in finished.stdout
     assert "step    1,024 tokens: 8 microbatches of 1 sequence on each of 8 devices" in finished.stdout
