@@ -16,6 +16,8 @@ from outside_in.storage import metrics
 from outside_in.storage.checkpoint_folder import find_best, history
 from outside_in.storage.run_directory import RunDirectory, find_runs
 
+pytestmark = pytest.mark.slow
+
 
 def follow_links(run, copy):
     shutil.copytree(run, copy, symlinks=False)  # as scp -r and cp -rL do
@@ -243,7 +245,6 @@ def test_odd_names_are_shown_as_they_are(call_program, new_run, tmp_path, name):
 # The environment
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_that_is_not_utf8_loses_characters_and_nothing_else(new_run, encoding):
     run = new_run(sample_prompt="naïve → · 猫")
@@ -252,7 +253,6 @@ def test_output_that_is_not_utf8_loses_characters_and_nothing_else(new_run, enco
     assert "finished" in finished.stdout
 
 
-@pytest.mark.slow
 def test_closed_streams_do_not_stop_training(new_run):
     run = new_run()
     command = f"exec {os.sys.executable} {ROOT / 'train.py'} {run} >&- 2>&-"
@@ -260,7 +260,6 @@ def test_closed_streams_do_not_stop_training(new_run):
     assert find_checkpoints(run / "checkpoints")[-1].global_step == 12
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value"), [("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "1"), ("JAX_PLATFORMS", "nonesuch")]
 )

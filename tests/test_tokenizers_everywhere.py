@@ -31,6 +31,8 @@ from outside_in.runtime import cli
 from outside_in.training.checkpoint_writer import sample
 from outside_in.weights import host_arrays, read_metadata, save_weights
 
+pytestmark = pytest.mark.slow
+
 # Tokenizers of every kind, which the tests of `data` and `huggingface` share
 
 PROSE = [topics[name][:2000] for name in sorted(topics)[:40]]
@@ -270,7 +272,6 @@ def test_a_run_is_not_resumed_on_data_whose_tokenizer_has_changed(call_program, 
     assert "the tokenizer of the data differs from the checkpoint's" in told and "start a new run" in told
 
 
-@pytest.mark.slow
 def test_a_run_is_resumed_on_the_same_data(call_program, folder):
     first = checkpoints_of(folder / "run")[0].name
     finished = call_program("train", folder / "run", "--from", first)
@@ -297,7 +298,6 @@ def test_initial_weights_of_another_tokenizer_are_refused(call_program, folder):
     assert "but bytes has tokens of bytes (257 ids" in told
 
 
-@pytest.mark.slow
 def test_initial_weights_of_the_same_tokenizer_are_taken(call_program, folder):
     finished = call_program("train", with_initial_weights(folder, "tokens"))
     assert finished.returncode == 0 and "starting from the weights in" in finished.stdout
@@ -359,7 +359,6 @@ def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(call_progra
     assert "use vocab_size 300 or more" in told
 
 
-@pytest.mark.slow
 def test_a_vocabulary_may_be_larger_than_the_tokenizers(call_program, folder):
     changes = {"dataset": "bytes", "min_train_tokens": 300, "sample_prompt": "é"}
     run = write_run(folder / "large", {"vocab_size": 300}, changes)
@@ -440,7 +439,6 @@ def test_a_text_maps_to_itself_in_ids_that_the_tokenizer_has(call_program, tmp_p
 # Samples
 
 
-@pytest.mark.slow
 def test_samples_are_three_lines_for_each_checkpoint_and_the_same_in_equal_runs(folder):
     lines = (folder / "run" / "samples.txt").read_text().splitlines()
     assert [line.partition(" | ")[0] for line in lines] == ["step 5"] * 3 + ["step 10"] * 3 + ["step 12"] * 3
