@@ -27,6 +27,7 @@ from outside_in.storage.checkpoint_folder import (
     find_best,
     find_checkpoints,
     find_named,
+    history,
     next_name,
 )
 from outside_in.weights import check_structure, fill_like, host_arrays, load_weights, named_arrays, save_weights
@@ -206,10 +207,10 @@ def prune(folder: Path, keep: int | None) -> None:
     checkpoints = find_checkpoints(folder)
     if keep is None or len(checkpoints) <= keep:
         return
-    best = find_best(checkpoints)
+    best, kept = find_best(checkpoints), history(checkpoints)
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
-            if best and best.loss and checkpoint.loss and checkpoint.loss < best.loss:
+            if best and best.loss and checkpoint.loss and checkpoint.loss < best.loss and checkpoint not in kept:
                 log.warning(
                     f"removing {checkpoint.path.name}, which this run has left: its loss, {checkpoint.loss:.4f}, is "
                     f"lower than {best.loss:.4f} of {best.path.name}, now the best"

@@ -148,6 +148,16 @@ def test_nothing_better_than_the_best_is_removed_without_a_word(tmp_path):
     assert len(messages) == 2  # and one for 3.2
 
 
+def test_what_was_saved_between_milestones_goes_without_a_word(tmp_path):
+    for step, is_milestone in [(5, True), (7, False), (10, True), (15, True)]:
+        loss = {"val_loss": 4.0 - step / 100} if is_milestone else {"val_loss": None, "avg_train_loss": 1.0}
+        meta = {"global_step": step, "is_best": is_milestone, "is_milestone": is_milestone} | loss
+        save(tmp_path, HostCopy({"x": np.zeros(1)}, {"y": np.zeros(1)}), meta, "{}")
+    with captured_log() as messages:
+        prune(tmp_path, 1)
+    assert not messages and [c.global_step for c in find_checkpoints(tmp_path)] == [15]
+
+
 # Longer runs, other paths
 
 
@@ -267,8 +277,9 @@ def test_an_environment_that_changes_what_jax_computes_is_one_line(new_run, vari
     assert variable in complaint(run_program("train.py", new_run(), env=os.environ | {variable: value}))
 
 
-@pytest.mark.parametrize(("given", "is_taken"), [(1e9, True), (1.5, False)])
-def test_a_whole_number_may_be_written_as_1e9(call_program, new_run, given, is_taken):
+@pytest.mark.parametrize("key", ["checkpoint_interval", "keep_checkpoints", "loss_rows_per_chunk"])
+@pytest.mark.parametrize(("given", "is_taken"), [(1e3, True), (1.5, False)])
+def test_a_whole_number_may_be_written_as_1e3(call_program, new_run, key, given, is_taken):
     run = new_run()
-    edit(run, checkpoint_interval=given)
+    edit(run, **{key: given})
     assert (call_program("train", run, "--check").returncode == 0) == is_taken

@@ -53,8 +53,13 @@ class Checkpoint:
 
     @property
     def loss(self) -> float | None:
-        """Return what it is judged by: its validation loss, else the training loss of its period. None if unknown."""
+        """Return what it is judged by: its validation loss, else the training loss of its period.
+
+        None if it was saved between milestones, which are judged, or its meta.json is damaged.
+        """
         with contextlib.suppress(ValueError):
+            if not self.is_validated:
+                return None
             losses = (self.meta.get(name) for name in ("val_loss", "avg_train_loss"))
             return next((loss for loss in losses if isinstance(loss, float)), None)
         return None
