@@ -64,7 +64,7 @@ class Config(BaseModel):
             name: int(value)
             for name, value in content.items()
             if isinstance(value, float) and value.is_integer() and name in cls.model_fields
-            if cls.model_fields[name].annotation in (int, int | None)
+            if cls.model_fields[name].annotation in (int, Count | None)
         }
         return content | whole
 
