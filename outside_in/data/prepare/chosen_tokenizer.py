@@ -72,9 +72,10 @@ def training_texts(
             if not text or isinstance(text, Bad):
                 continue
             digest = digest_of(text)
-            if options.deduplicate and digest in seen:
-                continue
-            seen.add(digest)
+            if options.deduplicate:
+                if digest in seen:
+                    continue
+                seen.add(digest)
             documents += 1
             if split_of(digest, options) == "validation":
                 any_validation, only = True, text
