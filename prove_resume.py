@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import checkpointing
-from outside_in.config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.config_files import load_config
 from outside_in.reports import markdown
 from outside_in.runtime import cli
 from outside_in.runtime.progress import Progress

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from outside_in.config import MIN_FLOAT32
+from outside_in.config_files import MIN_FLOAT32
 from outside_in.inference.prompt import add_special_tokens, notice_end, read_prompt
 from outside_in.runtime import cli
 

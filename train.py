@@ -12,7 +12,8 @@ import signal
 import traceback
 from pathlib import Path
 
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.reports.cards import CARDS, COMPILE_ONLY
 from outside_in.runtime import cli
 from outside_in.runtime.log import log

@@ -15,7 +15,8 @@ from typing import Any
 
 import shapes
 
-from outside_in.config import ModelConfig, TrainConfig, load_config, tokens_per_global_step
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.config_files import load_config
 from outside_in.reports import hlo
 from outside_in.reports.cards import CARDS, COMPILE_ONLY
 from outside_in.reports.flops import mfu

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.config_files import parse_config
 from outside_in.reports.flops import flops_per_token, peak_tflops
 from outside_in.runtime.cli import DONE, ArgumentParser
 from outside_in.storage.safetensors_file import open_tensors

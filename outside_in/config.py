@@ -1,83 +1,12 @@
 """The schema of `model.json` and `train.json`: keys, defaults, limits, class on resume."""
 
-import difflib
-import json
 import math
-import struct
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-from outside_in.storage.strict_json import parse_object, read_text, shortened
+from outside_in.config_files import Config, Count, Float32, MaxNorm, key
 from outside_in.storage.text import counted
-
-OnResume = Literal["fatal", "announced", "free"]
-
-MAX_COUNT = 10**15  # more than any machine holds: what is computed from counts stays within float64
-MIN_FLOAT32 = 2.0**-126  # devices take smaller ones for 0
-
-
-def key(on_resume: OnResume, default: Any = ..., *, before: Any = ..., **limits: Any) -> Any:
-    """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits.
-
-    Whoever changes a default says in `before` what it was, for the checkpoints that lack the key.
-    """
-    extra = {"on_resume": on_resume} | ({} if before is ... else {"before": before})
-    return Field(default, json_schema_extra=extra, **limits)
-
-
-def _as_float32(value: float) -> float:
-    """Refuse numbers that become 0, 1 or infinity as float32."""
-    try:
-        [single] = struct.unpack("<f", struct.pack("<f", value))
-    except OverflowError:
-        raise ValueError(f"expected a number that float32 can hold, got {value!r}") from None
-    if value not in (0, 1) and single in (0, 1):
-        raise ValueError(f"expected a number that float32 can hold, got {value!r}, which becomes {single:g}")
-    return value
-
-
-def _max_norm(value: float) -> float:
-    """Refuse numbers that become 0 as float32. Large ones will do, since no gradient's norm reaches them."""
-    return value if value > 1 else _as_float32(value)
-
-
-Count = Annotated[int, Field(le=MAX_COUNT)]
-Float32 = Annotated[float, AfterValidator(_as_float32)]
-MaxNorm = Annotated[float, AfterValidator(_max_norm)]
-
-
-class Config(BaseModel):
-    """The base of both files: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def whole_numbers(cls, content: Any) -> Any:
-        """Take 1e9 for an integer where one is expected."""
-        if not isinstance(content, dict):
-            return content
-        whole = {
-            name: int(value)
-            for name, value in content.items()
-            if isinstance(value, float) and value.is_integer() and name in cls.model_fields
-            if cls.model_fields[name].annotation in (int, Count | None)
-        }
-        return content | whole
-
-    @classmethod
-    def before(cls, name: str) -> Any:
-        """Return what key `name` was, in effect, in checkpoints that lack it; its default unless declared."""
-        field = cls.model_fields[name]
-        return field.json_schema_extra.get("before", field.default)  # type: ignore[union-attr]
-
-    @classmethod
-    def on_resume(cls, name: str) -> OnResume:
-        """Return whether changing key `name` is fatal, announced or free on resume."""
-        return cls.model_fields[name].json_schema_extra["on_resume"]  # type: ignore[index]
 
 
 class ModelConfig(Config):
@@ -241,45 +170,3 @@ def steps_per_epoch(
     if train.min_train_tokens != -1:
         return -(-train.min_train_tokens // tokens_per_step)
     return None if available_tokens is None else max(0, available_tokens - 1) // tokens_per_step
-
-
-C = TypeVar("C", bound=Config)
-
-
-def load_config(path: Path, config_class: type[C]) -> C:
-    """Read and validate one of the two files.
-
-    Raises ValueError with one line that names the file, the key, what was expected and what was found.
-    """
-    text = read_text(path, "a config of a few lines", "; write one, or copy that of runs/quickstart")
-    return parse_config(text, config_class, str(path))
-
-
-def parse_config(text: str, config_class: type[C], source: str) -> C:
-    """Validate the text of a config, which must be strict JSON.
-
-    Raises ValueError; `source` names the text in its message.
-    """
-    content = parse_object(text, source)
-    try:
-        return config_class(**content)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{source}: {_first_problem(error, config_class)}") from None
-
-
-def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) -> str:
-    # A typo in a required key is two errors, of which the unknown key says more.
-    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    name = shortened(".".join(str(part) for part in first["loc"]))
-    if first["type"] == "missing":
-        return f"missing key {name!r}"
-    if first["type"] == "extra_forbidden":
-        known = [*config_class.model_fields, *(f"mesh.{inner}" for inner in MeshConfig.model_fields)]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
-        return f"unknown key {name!r}; {hint}"
-    if first["type"] == "value_error":  # from the validators above, whose messages are complete
-        return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
-    got = shortened(json.dumps(first["input"], default=str))
-    expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
-    return f"{name}: {expected}, got {got}"

@@ -7,7 +7,7 @@ from helpers import ROOT
 
 FLOORS = [
     "storage",
-    "config",
+    "config,config_files",
     "runtime",
     "layers,loss,weights",
     "model",
@@ -26,6 +26,7 @@ MAX_ROOT_FILES = 12
 WITHOUT_JAX = [
     "storage",
     "config",
+    "config_files",
     "reports/charts",
     "reports/cards",
     "reports/roofline",

@@ -7,15 +7,8 @@ import pytest
 from helpers import ROOT, TINY_MODEL, TINY_TRAIN, tiny_model_config, tiny_train_config
 from pydantic import ValidationError
 
-from outside_in.config import (
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-    load_config,
-    parse_config,
-    steps_per_epoch,
-    tokens_per_global_step,
-)
+from outside_in.config import MeshConfig, ModelConfig, TrainConfig, steps_per_epoch, tokens_per_global_step
+from outside_in.config_files import load_config, parse_config
 
 MODEL_KEYS = """
 vocab_size context_length emb_dim n_heads n_layers qkv_bias position_embedding pre_norm shortcut feed_forward

@@ -14,7 +14,8 @@ from test_model import with_larger_weights
 
 import checkpointing
 from model import GPTModel
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.tokenizer import gpt2, vocabulary_files
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.storage import metrics

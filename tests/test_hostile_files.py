@@ -28,7 +28,8 @@ from safetensors.numpy import load_file
 import checkpointing
 from checkpointing import Checkpoint, copy_to_host, select_checkpoint, verify
 from model import create_model
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.loader import load_tokens
 from outside_in.inference import load
 from outside_in.inference.load import load_saved_model
@@ -567,7 +568,8 @@ import json, resource, sys
 from pathlib import Path
 import checkpointing
 from checkpointing import Checkpoint, verify
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.loader import load_tokens
 from outside_in.inference.load import load_saved_model
 from outside_in.weights import load_model

@@ -10,7 +10,8 @@ from flax import nnx
 from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, random_tokens, tiny_train_config
 
 from model import GPTModel, count_parameters
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.loader import TokenStream
 from outside_in.inference.generation import generate
 from outside_in.optimizer import make_optimizer

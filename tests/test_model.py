@@ -6,7 +6,8 @@ from flax import nnx
 from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 
 from model import GPTModel, count_parameters, gelu
-from outside_in.config import ModelConfig, load_config
+from outside_in.config import ModelConfig
+from outside_in.config_files import load_config
 from outside_in.layers.dropout import Dropout
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import checkpointing
-from outside_in.config import ModelConfig, load_config
+from outside_in.config import ModelConfig
+from outside_in.config_files import load_config
 from outside_in.data.prepare.documents import ReadOptions, find_files
 from outside_in.data.prepare.pipeline import Options, Preparation
 from outside_in.data.tokenizer import vocabulary_files

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from outside_in.config import Config, load_config
+from outside_in.config_files import Config, load_config
 from outside_in.data.token_files import TRAIN, VALIDATION
 from outside_in.runtime.log import log
 from outside_in.storage import atomic

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from outside_in.config import load_config
+from outside_in.config_files import load_config
 from outside_in.data.builtin import Builtin, find_builtin
 from outside_in.data.hub import (
     HUB,

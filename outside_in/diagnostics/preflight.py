@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from checkpointing import find_checkpoints
 from model import parameter_shapes
 from outside_in.config import (
-    MAX_COUNT,
     ModelConfig,
     TrainConfig,
     devices_at_start,
@@ -20,6 +19,7 @@ from outside_in.config import (
     tokens_per_global_step,
     with_sequences_per_step,
 )
+from outside_in.config_files import MAX_COUNT
 from outside_in.data.builtin import find_builtin
 from outside_in.data.run_length import (
     NOTHING_KNOWN,

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from outside_in.config import ModelConfig, parse_config
+from outside_in.config import ModelConfig
+from outside_in.config_files import parse_config
 
 # The name in this package, Hugging Face's name, and the axes: V vocabulary, T context, D embedding, and multiples of D.
 TABLE = (

@@ -9,7 +9,8 @@ from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from model import count_parameters
-from outside_in.config import ModelConfig, parse_config
+from outside_in.config import ModelConfig
+from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
 from outside_in.data.tokenizer import TOKENIZER_FILE
 from outside_in.huggingface import gpt2_names, tokenizer_formats

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from model import GPTModel
-from outside_in.config import MIN_FLOAT32
+from outside_in.config_files import MIN_FLOAT32
 from outside_in.layers.attention import cached_attention
 from outside_in.layers.kernels import causal_attention
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from model import GPTModel, count_parameters
-from outside_in.config import ModelConfig, TrainConfig, load_config, parse_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config, parse_config
 from outside_in.data.loader import fingerprint, load_tokens
 from outside_in.data.sources import dataset_folder, dataset_tokenizer
 from outside_in.data.token_files import count_tokens

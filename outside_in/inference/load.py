@@ -4,7 +4,8 @@ from pathlib import Path
 
 from checkpointing import MODEL_FILE
 from model import GPTModel, abstract_model
-from outside_in.config import ModelConfig, TrainConfig, parse_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB_ID
 from outside_in.data.run_length import find_data_tokenizer
 from outside_in.data.tokenizer import TOKENIZER_FILE, Tokenizer, assumed, check_same

@@ -12,7 +12,8 @@ from typing import Any
 
 from checkpointing import find_checkpoints
 from model import count_parameters
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.hub import HUB
 from outside_in.reports import markdown
 from outside_in.reports.charts import X_LABELS, Curve, draw_comparison

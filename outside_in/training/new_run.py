@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outside_in.config import ModelConfig, TrainConfig, parse_config, tokens_per_global_step
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
+from outside_in.config_files import parse_config
 from outside_in.data.builtin import find_builtin
 from outside_in.data.sources import dataset_folder, dataset_tokenizer, is_on_hub
 from outside_in.data.token_files import TRAIN, count_tokens, find_validation

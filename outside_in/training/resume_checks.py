@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from checkpointing import META_FILE, find_checkpoints
-from outside_in.config import Config, ModelConfig, OnResume, TrainConfig
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import Config, OnResume
 from outside_in.data.hub import HUB
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.optimizer import learning_rate_schedule

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 import checkpointing
 from checkpointing import Checkpoint
 from model import create_model
-from outside_in.config import ModelConfig, TrainConfig, devices_at_start, load_config, with_sequences_per_step
+from outside_in.config import ModelConfig, TrainConfig, devices_at_start, with_sequences_per_step
+from outside_in.config_files import load_config
 from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
 from outside_in.data.run_length import find_data_tokenizer, total_steps, whole_steps
 from outside_in.data.sources import dataset_folder, dataset_revision

@@ -15,7 +15,8 @@ import pytest
 from helpers import CONTEXT_LENGTH, ROOT, complaint, final_state, random_tokens
 
 from checkpointing import find_checkpoints, verify
-from outside_in.config import ModelConfig, TrainConfig, load_config
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
 from outside_in.data.loader import open_streams
 from outside_in.data.sources import dataset_folder
 from outside_in.data.token_files import map_tokens
