@@ -1,4 +1,7 @@
-"""The schema of `model.json` and `train.json`: keys, defaults, limits, class on resume."""
+"""The schema of `model.json` and `train.json`: keys, defaults, limits, class on resume.
+
+`train.py --help-keys` prints it.
+"""
 
 import math
 from typing import Any, Literal, Self
@@ -15,19 +18,21 @@ class ModelConfig(Config):
     `n_layers` 0 is the A-to-A shell: token embedding, un-embedding, and what the switches add.
     """
 
-    vocab_size: int = key("fatal", ge=2, le=65_536)  # token ids are uint16
-    context_length: Count = key("fatal", ge=1)
-    emb_dim: int = key("fatal", ge=1)  # what fits into memory limits it
-    n_heads: int = key("fatal", ge=1)
-    n_layers: int = key("fatal", ge=0, le=1_000)  # they are compiled one by one
-    qkv_bias: bool = key("fatal")
-    position_embedding: bool = key("fatal", True)
-    pre_norm: bool = key("fatal", True)
-    shortcut: bool = key("fatal", True)
-    feed_forward: bool = key("fatal", True)
-    output_norm: bool = key("fatal", True)
-    attention_output_bias: bool = key("fatal", True)
-    tied_head: bool = key("fatal", False)
+    vocab_size: int = key("fatal", "number of token ids, which are uint16", ge=2, le=65_536)
+    context_length: Count = key("fatal", "tokens in a sequence", ge=1)
+    emb_dim: int = key(
+        "fatal", "width of the hidden states; a multiple of n_heads", ge=1
+    )  # what fits into memory limits it
+    n_heads: int = key("fatal", "attention heads", ge=1)
+    n_layers: int = key("fatal", "blocks; 0 is the A-to-A shell", ge=0, le=1_000)  # they are compiled one by one
+    qkv_bias: bool = key("fatal", "biases on queries, keys and values")
+    position_embedding: bool = key("fatal", "learned positions", True)
+    pre_norm: bool = key("fatal", "a LayerNorm before each attention and each feed-forward layer", True)
+    shortcut: bool = key("fatal", "residual connections", True)
+    feed_forward: bool = key("fatal", "a feed-forward layer after each attention", True)
+    output_norm: bool = key("fatal", "a LayerNorm before the head", True)
+    attention_output_bias: bool = key("fatal", "a bias on attention's output projection", True)
+    tied_head: bool = key("fatal", "the head is the token embedding", False)
 
     @model_validator(mode="after")
     def heads_divide_the_embedding(self) -> Self:
@@ -53,13 +58,10 @@ class ModelConfig(Config):
 
 
 class MeshConfig(Config):
-    """The axes of the device mesh.
+    """The axes of the device mesh."""
 
-    Sequences are sharded over both, parameters over `fsdp`; -1 takes the devices that are left.
-    """
-
-    data: Count = key("free", -1, ge=-1)
-    fsdp: Count = key("free", 1, ge=1)
+    data: Count = key("free", "devices that share the sequences; -1: those that fsdp leaves", -1, ge=-1)
+    fsdp: Count = key("free", "devices that share the sequences and the parameters", 1, ge=1)
 
     @model_validator(mode="after")
     def some_devices(self) -> Self:
@@ -71,38 +73,71 @@ class MeshConfig(Config):
 class TrainConfig(Config):
     """`train.json`: data, batch geometry, optimizer and housekeeping of one run."""
 
-    dataset: str = key("free", min_length=1)  # where the tokens are; that they are the same is checked on resume
-    microbatch_size: Count = key("fatal", ge=1)  # sequences on each device
-    gradient_accumulation_steps: Count = key("fatal", ge=1)
-    min_train_tokens: Count = key("announced", ge=-1)  # per epoch; -1: all of them
-    learning_rate: Float32 = key("announced", gt=0, le=1e3)  # the schedule's peak
+    dataset: str = key(
+        "free",
+        "a folder, a built-in name, or hub:owner/name; on resume its tokens must be the same, wherever they are",
+        min_length=1,
+    )
+    microbatch_size: Count = key("fatal", "sequences on each device", ge=1)
+    gradient_accumulation_steps: Count = key("fatal", "microbatches in a global step", ge=1)
+    min_train_tokens: Count = key("announced", "tokens per epoch, rounded up to whole global steps; -1: all", ge=-1)
+    learning_rate: Float32 = key("announced", "the schedule's peak", gt=0, le=1e3)
 
     initial_weights: str | None = key(
-        "free", None, min_length=1
-    )  # a model.safetensors, from here or from the run; None: random
-    objective: Literal["next-token", "a-to-a"] = key("fatal", "next-token")
-    microbatches_per_call: Count | None = key("fatal", None, ge=1)  # None: all of a global step
-    epochs: Count = key("announced", 1, ge=1)
-    shuffle: bool = key("fatal", True)  # the first epoch too: neighbors in a file are alike, a poor batch
-    start_train_token: Count = key("fatal", 0, ge=0)
-    start_val_token: Count = key("announced", 0, ge=0)
-    val_tokens: Count = key("announced", 65_536, ge=-1)  # at most this many; 0: no validation; -1: all
-    weight_decay: Float32 = key("announced", 0.01, ge=0)
-    weight_decay_on: Literal["all", "matrices"] = key("announced", "all")  # matrices: not biases and norms
-    beta2: Float32 = key("announced", 0.999, ge=0, lt=1)  # AdamW's memory of squared gradients: 1 / (1 - beta2) steps
-    warmup_period_percent: float = key("announced", 5.0, ge=0, lt=100)
-    clipping_max_norm: MaxNorm | None = key("announced", 3.5, gt=0)  # of all gradients together; None: no clipping
-    drop_rate: Float32 = key("announced", 0.0, ge=0, lt=1)
-    seed: int = key("fatal", 42, ge=0, lt=2**31)
-    precision: Literal["float32", "bfloat16"] = key("announced", "float32")
-    loss_rows_per_chunk: Count | None = key("announced", None, ge=1)  # of logits at a time; None: by shape and device
-    remat: Literal["none", "blocks"] = key("free", "none")  # gradient checkpointing: less memory, slower
-    checkpoint_interval: Count = key("free", 250, ge=1)  # global steps
-    checkpoint_first_step: bool = key("free", False)  # also one after the first step, to compare later ones with
-    keep_checkpoints: Count | None = key("free", 3, ge=1)  # newest ones, beside best; None: all
-    max_consecutive_rejections: Count = key("free", 10, ge=1)
-    sample_prompt: str = key("free", "Every effort moves you", min_length=1)
-    mesh: MeshConfig = key("free", MeshConfig())
+        "free",
+        "a model.safetensors to start from, by its path from here or in the run; null: random",
+        None,
+        min_length=1,
+    )
+    objective: Literal["next-token", "a-to-a"] = key(
+        "fatal", "predict the next token; a-to-a: repeat the input", "next-token"
+    )
+    microbatches_per_call: Count | None = key(
+        "fatal", "microbatches in a compiled call; null: all of a global step", None, ge=1
+    )
+    epochs: Count = key("announced", "passes over the training tokens", 1, ge=1)
+    shuffle: bool = key(  # the first epoch too: neighbors in a file are alike, a poor batch
+        "fatal", "shuffle the first epoch, too; false: it reads the file in its own order", True
+    )
+    start_train_token: Count = key("fatal", "first token of the training file that is used", 0, ge=0)
+    start_val_token: Count = key("announced", "first token of the validation file that is used", 0, ge=0)
+    val_tokens: Count = key("announced", "validation tokens at most; 0: no validation; -1: all", 65_536, ge=-1)
+    weight_decay: Float32 = key("announced", "AdamW's decay", 0.01, ge=0)
+    weight_decay_on: Literal["all", "matrices"] = key(
+        "announced", "what decays: all, or matrices, so not biases, norms and other vectors", "all"
+    )
+    beta2: Float32 = key(
+        "announced", "AdamW's memory of squared gradients: about 1 / (1 - beta2) steps", 0.999, ge=0, lt=1
+    )
+    warmup_period_percent: float = key(
+        "announced", "share of the run in which the learning rate rises", 5.0, ge=0, lt=100
+    )
+    clipping_max_norm: MaxNorm | None = key(
+        "announced", "limit for the norm of all gradients together; null: no clipping", 3.5, gt=0
+    )
+    drop_rate: Float32 = key("announced", "share of activations that dropout sets to zero", 0.0, ge=0, lt=1)
+    seed: int = key("fatal", "seed of parameters, data order and dropout", 42, ge=0, lt=2**31)
+    precision: Literal["float32", "bfloat16"] = key(
+        "announced", "precision of computing, float32 or bfloat16; parameters stay float32", "float32"
+    )
+    loss_rows_per_chunk: Count | None = key(
+        "announced", "rows of logits at a time; null: by shape and device", None, ge=1
+    )
+    remat: Literal["none", "blocks"] = key(
+        "free", "gradient checkpointing; blocks: keep only their inputs, which saves memory and is slower", "none"
+    )
+    checkpoint_interval: Count = key("free", "global steps between checkpoints", 250, ge=1)
+    checkpoint_first_step: bool = key(
+        "free", "also a checkpoint after the first step, to compare later ones with", False
+    )
+    keep_checkpoints: Count | None = key(
+        "free", "newest checkpoints that are kept, beside the best; null: all", 3, ge=1
+    )
+    max_consecutive_rejections: Count = key("free", "rejected updates in a row that end the run", 10, ge=1)
+    sample_prompt: str = key(
+        "free", "what the samples at each checkpoint complete", "Every effort moves you", min_length=1
+    )
+    mesh: MeshConfig = key("free", "how several devices share the work", MeshConfig())
 
     @model_validator(mode="after")
     def sizes_fit_together(self) -> Self:

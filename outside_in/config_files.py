@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from outside_in.storage.strict_json import parse_object, read_text, shortened
 
@@ -17,13 +18,13 @@ MAX_COUNT = 10**15  # more than any machine holds: what is computed from counts 
 MIN_FLOAT32 = 2.0**-126  # devices take smaller ones for 0
 
 
-def key(on_resume: OnResume, default: Any = ..., *, before: Any = ..., **limits: Any) -> Any:
-    """Declare a config key. Takes its class on resume, its default (none: required) and its pydantic limits.
+def key(on_resume: OnResume, meaning: str, default: Any = ..., *, before: Any = ..., **limits: Any) -> Any:
+    """Declare a config key. Takes its class on resume, meaning, default (none: required) and pydantic limits.
 
     Whoever changes a default says in `before` what it was, for the checkpoints that lack the key.
     """
     extra = {"on_resume": on_resume} | ({} if before is ... else {"before": before})
-    return Field(default, json_schema_extra=extra, **limits)
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
 
 
 def _as_float32(value: float) -> float:
@@ -78,11 +79,14 @@ class Config(BaseModel):
         return cls.model_fields[name].json_schema_extra["on_resume"]  # type: ignore[index]
 
     @classmethod
-    def dotted_keys(cls) -> list[str]:
-        """List the keys, and those of a config inside as `mesh.fsdp`."""
-        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        inside = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Config)}
-        return [*kinds, *(f"{name}.{inner}" for name, kind in inside.items() for inner in kind.dotted_keys())]
+    def leaves(cls) -> dict[str, FieldInfo]:
+        """Return the fields by key, those of a config inside as `mesh.data` and `mesh.fsdp`."""
+        fields: dict[str, FieldInfo] = {}
+        for name, field in cls.model_fields.items():
+            kind = field.annotation
+            is_config = isinstance(kind, type) and issubclass(kind, Config)
+            fields |= {f"{name}.{key}": inner for key, inner in kind.leaves().items()} if is_config else {name: field}
+        return fields
 
 
 C = TypeVar("C", bound=Config)
@@ -116,7 +120,7 @@ def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) 
     if first["type"] == "missing":
         return f"missing key {name!r}"
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, config_class.dotted_keys(), n=1)
+        close = difflib.get_close_matches(name, {**config_class.model_fields, **config_class.leaves()}, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(config_class.model_fields)}"
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "value_error":  # from the validators above, whose messages are complete

@@ -384,3 +384,19 @@ def test_a_head_width_that_a_gpu_is_slow_at_is_warned_of(changes, warned):
     lines = tiny_model_config(**changes).warnings()
     assert len(lines) == warned
     assert all(f"head width {changes['emb_dim'] // changes['n_heads']} " in line for line in lines)
+
+
+@pytest.mark.parametrize("config_class", [ModelConfig, TrainConfig])
+def test_the_docs_say_of_every_key_what_the_schema_says(config_class):
+    lines = (ROOT / "docs" / "running.md").read_text().replace("`", "").splitlines()
+    rows = {cells[1]: cells[2:-1] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 4}
+    for name, field in config_class.leaves().items():
+        default, *on_resume, meaning = rows[name]
+        value = ... if default == "required" else default.replace(",", "") if default[0].isdigit() else default
+        assert value == (... if field.is_required() else default_of(field)), name
+        assert meaning == field.description
+        assert on_resume == ([field.json_schema_extra["on_resume"]] if config_class is TrainConfig else [])
+
+
+def default_of(field):
+    return f"{field.default:g}" if type(field.default) is float else json.dumps(field.default)
