@@ -4,9 +4,9 @@
 """
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from outside_in.config_files import Config, Count, Float32, MaxNorm, key
 from outside_in.storage.text import counted
@@ -55,6 +55,15 @@ class ModelConfig(Config):
                 "so a GPU will use slower attention"
             ]
         return []
+
+
+def _each_once(names: list[str]) -> list[str]:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"expected each name once, got {twice!r} {names.count(twice)} times")
+    return names
+
+
+LogTo = Annotated[list[Literal["tensorboard", "trackio", "wandb"]], AfterValidator(_each_once)]
 
 
 class MeshConfig(Config):
@@ -137,6 +146,7 @@ class TrainConfig(Config):
     sample_prompt: str = key(
         "free", "what the samples at each checkpoint complete", "Every effort moves you", min_length=1
     )
+    log_to: LogTo = key("free", "programs that show the metrics and samples too: tensorboard, trackio, wandb", [])
     mesh: MeshConfig = key("free", "how several devices share the work", MeshConfig())
 
     @model_validator(mode="after")

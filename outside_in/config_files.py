@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -127,4 +128,6 @@ def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) 
         return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
     got = shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
-    return f"{name}: {expected}, got {got}"
+    choices = re.findall(r"'([^']+)'", expected) if first["type"] == "literal_error" else []
+    close = difflib.get_close_matches(str(first["input"]), choices, n=1)
+    return f"{name}: {expected}, got {got}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -19,7 +19,7 @@ dataset objective microbatch_size gradient_accumulation_steps microbatches_per_c
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on beta2
 warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval
 checkpoint_first_step keep_checkpoints initial_weights
-max_consecutive_rejections sample_prompt mesh
+max_consecutive_rejections sample_prompt log_to mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}
@@ -78,6 +78,7 @@ def test_every_key_says_what_its_change_means_on_resume(config_class):
         ("weight_decay_on", "announced"),
         ("checkpoint_interval", "free"),
         ("sample_prompt", "free"),
+        ("log_to", "free"),
     ],
 )
 def test_keys_have_the_class_that_the_design_gives_them(name, on_resume):
@@ -195,6 +196,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_keys(config_class, complai
         (TrainConfig, "objective", "next_token", '"next_token"'),
         (TrainConfig, "precision", "float16", '"float16"'),
         (TrainConfig, "mesh", 1, "1"),
+        (TrainConfig, "log_to", "wandb", '"wandb"'),
         (ModelConfig, "qkv_bias", 0, "0"),
         (ModelConfig, "qkv_bias", "false", '"false"'),
         (ModelConfig, "emb_dim", {"a": 1}, '{"a": 1}'),
@@ -203,7 +205,20 @@ def test_an_unknown_key_like_no_other_lists_the_known_keys(config_class, complai
 def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, complaint_about):
     line = complaint_about(changed(config_class, **{name: value}), config_class)
     assert line.startswith(f"{name}: expected ")
-    assert line.endswith(f", got {got}")
+    assert line.partition("; did you mean")[0].endswith(f", got {got}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({"objective": "next_token"}, "; did you mean 'next-token'?"),
+        ({"log_to": ["tensorbord"]}, """, got "tensorbord"; did you mean 'tensorboard'?"""),
+        ({"log_to": ["wandb", "mlflow"]}, ', got "mlflow"'),
+        ({"log_to": ["wandb", "wandb"]}, "log_to: expected each name once, got 'wandb' 2 times"),
+    ],
+)
+def test_a_value_near_an_allowed_one_names_it(changes, end, complaint_about):
+    assert complaint_about(changed(**changes)).endswith(end)
 
 
 @pytest.mark.parametrize(
