@@ -6,7 +6,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
 from outside_in.config_files import Config, Count, Float32, MaxNorm, key
 from outside_in.storage.text import counted
@@ -57,13 +57,18 @@ class ModelConfig(Config):
         return []
 
 
-def _each_once(names: list[str]) -> list[str]:
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"expected each name once, got {twice!r} {names.count(twice)} times")
     return names
 
 
-LogTo = Annotated[list[Literal["tensorboard", "trackio", "wandb"]], AfterValidator(_each_once)]
+LogTo = Annotated[
+    tuple[Literal["tensorboard", "trackio", "wandb"], ...],
+    Field(strict=False),
+    AfterValidator(_each_once),
+    PlainSerializer(list),
+]
 
 
 class MeshConfig(Config):
@@ -146,7 +151,7 @@ class TrainConfig(Config):
     sample_prompt: str = key(
         "free", "what the samples at each checkpoint complete", "Every effort moves you", min_length=1
     )
-    log_to: LogTo = key("free", "programs that show the metrics and samples too: tensorboard, trackio, wandb", [])
+    log_to: LogTo = key("free", "programs that show the metrics and samples too: tensorboard, trackio, wandb", ())
     mesh: MeshConfig = key("free", "how several devices share the work", MeshConfig())
 
     @model_validator(mode="after")

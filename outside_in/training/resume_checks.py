@@ -87,6 +87,11 @@ def num_train_tokens(meta: dict[str, Any]) -> int | None:
     return int(match[1]) if match else None
 
 
+def num_spare(meta: dict[str, Any], num_sequences: int, length: int) -> int:
+    """Return a checkpoint's sequences beside the `num_sequences` of an epoch; earlier versions had none."""
+    return ((num_train_tokens(meta) or 1) - 1) // length - num_sequences
+
+
 def check_length(
     checkpoint: Checkpoint | None, total: int, tokens_per_step: int, config: TrainConfig
 ) -> tuple[int, ...]:
