@@ -6,9 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from checkpointing import find_checkpoints
 from model import count_parameters
@@ -16,8 +17,10 @@ from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import load_config
 from outside_in.data.hub import HUB
 from outside_in.reports import markdown
-from outside_in.reports.charts import X_LABELS, Curve, draw_comparison
+from outside_in.reports.charts import X_LABELS, Curve, draw_comparison, over_steps
+from outside_in.reports.series import Series
 from outside_in.storage import metrics
+from outside_in.storage.records import Records
 from outside_in.storage.run_directory import RunDirectory
 
 Column = Callable[["RunResult"], str]
@@ -30,7 +33,7 @@ class RunResult:
     run: RunDirectory
     model_config: ModelConfig
     config: TrainConfig
-    records: list[metrics.Record]  # at least one
+    records: Records  # at least one
     meta: dict[str, Any]  # of the newest readable checkpoint; empty without one
 
     @property
@@ -57,17 +60,17 @@ class RunResult:
 
         That is as many steps as lie between two checkpoints.
         """
-        losses = [r["loss"] for r in self.records[-self.config.checkpoint_interval :] if r["loss"] is not None]
-        return statistics.fmean(losses) if losses else None
+        losses = self.records.column("loss", self.config.checkpoint_interval)
+        return statistics.fmean(losses) if len(losses := losses[~np.isnan(losses)]) else None
 
     @property
     def validation_loss(self) -> float | None:
-        return next((r["val_loss"] for r in reversed(self.records) if r.get("val_loss") is not None), None)
+        validation = over_steps(self.records, "val_loss").y
+        return float(validation[-1]) if len(validation) else None
 
     @property
     def tokens_per_second(self) -> float:
-        seconds = statistics.median(record["seconds"] for record in self.records)
-        last = self.records[-1]
+        seconds, last = float(np.median(self.records.column("seconds"))), self.records.last
         return last["tokens_seen"] / last["global_step"] / max(seconds, 1e-9)
 
     @property
@@ -75,7 +78,7 @@ class RunResult:
         """Return the time of training. Before the first checkpoint, only that of the steps is known."""
         if self.checkpoint_seconds is not None:
             return self.checkpoint_seconds
-        return sum(record["seconds"] for record in self.records)
+        return float(self.records.column("seconds").sum())
 
 
 def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
@@ -88,7 +91,8 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
     trained = [run for run in found.values() if run]
     if not trained:
         raise ValueError(f"{runs[0].path}: nothing to compare, no run has metrics yet; train one first")
-    curves = [_curve(run, label, x) for run, label in zip(trained, labels(trained).values(), strict=True)]
+    apart, names = not_comparable(trained), labels(trained)
+    curves = [_curve(run, names[run.run], x, is_comparable=run not in apart) for run in trained]
     draw_comparison(chart, curves, x_label=X_LABELS[x])
     skipped = [f"{run.path}: no metrics yet, skipped" for run, read_run in found.items() if read_run is None]
     return [*table(trained), "", *skipped, f"chart: {chart}"]
@@ -97,8 +101,7 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
 def read(run: RunDirectory) -> RunResult | None:
     """Read a run's configs and metrics; None without metrics. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
-    records = metrics.read(run.metrics)
-    metrics.check_complete(run.metrics, records)
+    records = metrics.load(run.metrics)
     return RunResult(run, model_config, config, records, newest_meta(run)) if records else None
 
 
@@ -131,12 +134,12 @@ def table(runs: list[RunResult]) -> list[str]:
     columns: dict[str, Column] = {
         "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
         "parameters": lambda run: f"{count_parameters(run.model_config):,}",
-        "tokens": lambda run: f"{run.records[-1]['tokens_seen']:,}",
+        "tokens": lambda run: f"{run.records.last['tokens_seen']:,}",
         "training loss": lambda run: _loss(run.average_loss),
         "validation loss": lambda run: _loss(run.validation_loss),
         "perplexity": lambda run: _perplexity(run.validation_loss),
         "tokens/s": lambda run: f"{run.tokens_per_second:,.0f}",
-        "rejected": lambda run: f"{run.records[-1]['rejected_updates']:,}",
+        "rejected": lambda run: f"{run.records.last['rejected_updates']:,}",
         "time": lambda run: _clock(run.seconds),
     }
     lines = markdown.table(list(columns), [[column(run) for column in columns.values()] for run in runs])
@@ -154,18 +157,13 @@ def labels(runs: list[RunResult]) -> dict[RunDirectory, str]:
     return {run.run: run.run.path.name if are_unique else str(run.run.path) for run in runs}
 
 
-def _curve(run: RunResult, label: str, x: str) -> Curve:
-    seconds = accumulate(record["seconds"] for record in run.records)
-    positions = {
-        "tokens": [record["tokens_seen"] for record in run.records],
-        "steps": [record["global_step"] for record in run.records],
-        "seconds": list(seconds),
-    }[x]
-    training, validation = (
-        [(at, record[key]) for at, record in zip(positions, run.records) if record.get(key) is not None]
-        for key in ("loss", "val_loss")
-    )
-    return Curve(label, training, validation)
+def _curve(run: RunResult, label: str, x: str, *, is_comparable: bool) -> Curve:
+    name = {"tokens": "tokens_seen", "steps": "global_step", "seconds": "seconds"}[x]
+    positions = run.records.column(name)
+    if x == "seconds":
+        positions = positions.cumsum()
+    training, validation = (Series(positions, run.records.column(key)).finite() for key in ("loss", "val_loss"))
+    return Curve(label, training, validation, is_comparable)
 
 
 def _loss(loss: float | None) -> str:

@@ -96,6 +96,24 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
             raise
 
 
+def replace_end(path: Path, start: int, text: str) -> None:
+    """Replace what stands from byte `start` on, by one write. After an OSError the file is as it was."""
+    content = text.encode()
+    with path.open("r+b", buffering=0) as file:
+        file.seek(start)
+        old = file.read()
+        file.seek(start)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.seek(start)
+            file.write(old)
+            raise
+        finally:
+            file.truncate()
+
+
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Raise OSError for the disk errors of safetensors and TensorStore."""

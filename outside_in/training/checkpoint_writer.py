@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Self
 
+import numpy as np
+
 import checkpointing
 from outside_in.data.loader import TokenStream
 from outside_in.inference.evaluation import compile_for, mean_loss
@@ -22,8 +24,10 @@ from outside_in.inference.generation import Sampling, generate, likeliest_output
 from outside_in.reports import charts
 from outside_in.runtime import processes
 from outside_in.runtime.log import log
-from outside_in.storage import metrics, samples
+from outside_in.storage import samples
 from outside_in.storage.checkpoint_folder import beats
+from outside_in.storage.metrics import finite
+from outside_in.storage.records import Records
 from outside_in.train_step import Compiled
 from outside_in.training.state import TrainState
 from outside_in.weights import on_one_device
@@ -134,18 +138,16 @@ class CheckpointWriter:
             loss = mean_loss(state.model, stream, self._stop, self._eval_step, state.mesh)
         if loss is None:
             return False
-        if state.records:  # only the main process keeps those of before
-            state.records[-1]["val_loss"] = metrics.finite(loss)
         with processes.propagate_errors():
-            if state.metrics.is_written:  # validation is made up for on resume
-                state.metrics.rewrite()
+            if state.records:  # only the main process keeps those of before
+                state.metrics.amend("val_loss", finite(loss))
         return True
 
     def _snapshot(self, meta: dict[str, Any], prune: bool) -> Callable[[], None]:
         """Copy what a checkpoint needs; return the function that writes it."""
         state, run = self._state, self._state.run
         copy = checkpointing.snapshot(run.checkpoints, state.model, state.optimizer, state.global_step)
-        model_json, files, records = state.model_config.model_dump_json(), state.files, list(state.records)
+        model_json, files, records = state.model_config.model_dump_json(), state.files, state.records.copy()
 
         def write() -> None:
             if not processes.is_main_process():
@@ -194,23 +196,24 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
 
     It has losses, gradient norms and the like of the period since the last milestone, and whether it is the best.
     """
-    period = [record for record in state.records if record["global_step"] > state.period_start]
-    losses = [record["loss"] for record in period if record["loss"] is not None]
-    norms = [record["gradient_norm"] for record in period if record["gradient_norm"] is not None]
+    newest, last = state.global_step - state.period_start, state.records.last
+    is_within = state.records.column("global_step", newest) > state.period_start  # steps may lack from the file
+    columns = [state.records.column(name, newest)[is_within] for name in ("loss", "gradient_norm", "clipped")]
+    losses, norms, clipped = (column[~np.isnan(column)].tolist() for column in columns)
     meta = {
         "global_step": state.global_step,
-        "learning_rate": period[-1]["learning_rate"],
+        "learning_rate": last["learning_rate"],
         "min_train_loss": min(losses, default=None),
         "max_train_loss": max(losses, default=None),
         "avg_train_loss": statistics.fmean(losses) if losses else None,
-        "val_loss": period[-1].get("val_loss"),
-        "tokens_seen": period[-1]["tokens_seen"],
+        "val_loss": last.get("val_loss"),
+        "tokens_seen": last["tokens_seen"],
         "seconds_trained": round(state.seconds, 1),
         "seconds_paused": round(state.seconds_paused, 1),
         "max_grad_norm": max(norms, default=None),
         "avg_grad_norm": statistics.fmean(norms) if norms else None,
-        "clipped_fraction": statistics.fmean(record["clipped"] for record in period),
-        "rejected_updates": period[-1]["rejected_updates"],
+        "clipped_fraction": statistics.fmean(clipped),
+        "rejected_updates": last["rejected_updates"],
         "is_milestone": is_milestone,
         "sequences_per_step": state.sequences_per_step,
         **state.snapshot,
@@ -242,7 +245,7 @@ def sample(state: TrainState) -> list[str]:
     return [prompt + "".join(tokenizer.decode_stream([ids], end)) for ids in completions.tolist()]
 
 
-def draw_charts(state: TrainState, records: list[metrics.Record]) -> None:
+def draw_charts(state: TrainState, records: Records) -> None:
     run, config, title = state.run, state.config, state.run.path.name
     charts.draw_loss(
         run.loss_chart,

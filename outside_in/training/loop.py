@@ -19,7 +19,8 @@ from outside_in.runtime.devices import device_kind
 from outside_in.runtime.log import log
 from outside_in.runtime.progress import Progress
 from outside_in.runtime.signals import StopRequest
-from outside_in.storage.metrics import Record, finite
+from outside_in.storage.metrics import finite
+from outside_in.storage.records import Record
 from outside_in.train_step import Compiled, StepReport, compile_train_step, mean_loss_of_calls, steps_ahead
 from outside_in.training.checkpoint_writer import CheckpointWriter
 from outside_in.training.monitor import StepMonitor
@@ -111,7 +112,7 @@ def finish_step(state: TrainState, started: StartedStep, bar: Progress) -> bool:
     """Wait for a step, record and show it. Returns whether too many updates in a row were rejected."""
     reports = jax.device_get(started.reports)
     loss = mean_loss_of_calls(reports)
-    state.records.append(record := make_record(state, started, reports[-1].update, loss))
+    state.metrics.append(record := make_record(state, started, reports[-1].update, loss))
     if record["rejected"]:
         path, step = state.run.rejected(started.global_step), started.global_step
         positions_KB = state.config.start_train_token + state.train_stream.positions(step - 1)

@@ -161,4 +161,6 @@ def _changes(old: dict[str, Any], new: Config) -> dict[str, str]:
 def _meaning(name: str, value: Any) -> Any:
     if isinstance(value, Config):
         return dict(value)
+    if isinstance(value, tuple):
+        return list(value)
     return value.removeprefix(HUB) if name == "dataset" and isinstance(value, str) else value

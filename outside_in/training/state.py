@@ -16,7 +16,8 @@ from outside_in.runtime import processes
 from outside_in.runtime.log import log
 from outside_in.runtime.timing import TimeBudget
 from outside_in.storage import samples
-from outside_in.storage.metrics import MetricsLog, Record
+from outside_in.storage.metrics import MetricsLog
+from outside_in.storage.records import Records
 from outside_in.storage.run_directory import RunDirectory
 
 RECENT = 20  # steps over which tokens per second is taken
@@ -52,7 +53,7 @@ class TrainState:
     metrics_are_behind: bool = False  # the last attempt to write them failed
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> Records:
         return self.metrics.records
 
     @property
@@ -81,7 +82,7 @@ class TrainState:
     @property
     def tokens_per_second(self) -> float:
         """Return the speed of the latest steps."""
-        return self.tokens_per_step / max(statistics.median(r["seconds"] for r in self.records[-RECENT:]), 1e-9)
+        return self.tokens_per_step / max(statistics.median(self.records.column("seconds", RECENT)), 1e-9)
 
     @property
     def period_start(self) -> int:
@@ -115,13 +116,13 @@ def forget_after(state: TrainState, global_step: int) -> None:
 
 def set_history_aside(state: TrainState) -> None:
     """Keep the metrics and samples of a run whose checkpoints are gone."""
-    run, records = state.run, state.metrics.read()
-    if not records or records[-1]["global_step"] <= 2 * state.config.checkpoint_interval:
+    run, records = state.run, state.metrics.load()
+    if not records or records.last["global_step"] <= 2 * state.config.checkpoint_interval:
         return  # it was killed before its first checkpoint
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for path in (run.metrics, run.samples):
         if path.exists():
             path.rename(path.with_name(f"{path.stem}-before-{moment}{path.suffix}"))
     log.warning(
-        f"no checkpoint, but metrics up to step {records[-1]['global_step']:,}; they are kept as *-before-{moment}*"
+        f"no checkpoint, but metrics up to step {records.last['global_step']:,}; they are kept as *-before-{moment}*"
     )

@@ -9,6 +9,8 @@ from helpers import ROOT
 from matplotlib.figure import Figure
 
 from outside_in.reports import charts
+from outside_in.reports.series import Series, period_means, thinned
+from outside_in.storage.records import Records
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -32,6 +34,7 @@ RECORDS = {
 
 
 def draw(chart, path, records):
+    records = Records(records)
     if chart == "loss":
         charts.draw_loss(path, records, interval=10, title="a run", reference_losses={"uniform": 4.6, "unigram": 4.1})
     elif chart == "learning rate":
@@ -76,33 +79,90 @@ def test_without_any_loss_the_loss_chart_stays_as_it_is(tmp_path, records):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_loss_chart_shows_mean_and_band_of_each_period_and_marks_the_best_validation(tmp_path, drawn):
+def test_the_loss_chart_shows_every_step_the_mean_of_each_period_in_its_middle_and_the_best_validation(tmp_path, drawn):
     records = [record(step, 5 - step / 100 + step % 2) for step in range(1, 101)]
     for step, loss in [(50, 4.0), (75, 3.5), (100, 3.75)]:
         records[step - 1]["val_loss"] = loss
-    charts.draw_loss(tmp_path / "chart.png", records, interval=10, title="a run")
-    [axes] = drawn
-    mean, validation, best = axes.get_lines()
-    losses = np.array([r["loss"] for r in records]).reshape(10, 10)
-    np.testing.assert_array_equal(mean.get_xdata(), np.arange(10, 101, 10))
-    np.testing.assert_allclose(mean.get_ydata(), losses.mean(axis=1))
-    band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert {band.min(), band.max()} == {losses.min(), losses.max()}
+    charts.draw_loss(tmp_path / "chart.png", Records(records), interval=10, title="a run")
+    every, mean, validation, best = drawn[0].get_lines()
+    losses = np.array([r["loss"] for r in records])
+    np.testing.assert_array_equal(every.get_xydata(), list(enumerate(losses, start=1)))
+    np.testing.assert_array_equal(mean.get_xdata(), np.arange(5.5, 101, 10))
+    np.testing.assert_allclose(mean.get_ydata(), losses.reshape(10, 10).mean(axis=1))
     np.testing.assert_array_equal(validation.get_xydata(), [(50, 4.0), (75, 3.5), (100, 3.75)])
     assert best.get_xdata() == [75, 75]
-    assert "3.500 at step 75" in best.get_label()
+    assert best.get_label() == "best validation loss: 3.500 at step 75"
 
 
-def test_without_validation_the_best_period_goes_by_training_loss(tmp_path, drawn):
-    charts.draw_loss(tmp_path / "chart.png", [record(s, abs(s - 7) + 1.0) for s in range(1, 11)], interval=1, title="")
-    assert drawn[0].get_lines()[-1].get_xdata() == [7, 7]
+def test_without_validation_the_best_period_goes_by_training_loss_and_says_so(tmp_path, drawn):
+    records = Records([record(s, abs(s - 7) + 1.0) for s in range(1, 11)])
+    charts.draw_loss(tmp_path / "chart.png", records, interval=1, title="")
+    best = drawn[0].get_lines()[-1]
+    assert best.get_xdata() == [7, 7]
+    assert best.get_label() == "best training loss (every step): 1.000 at step 7"
 
 
-@pytest.mark.parametrize(("lowest", "scale"), [(1.0, "linear"), (0.1, "log"), (0.0, "linear")])
-def test_the_loss_axis_is_logarithmic_where_losses_differ_much_and_can_be(tmp_path, drawn, lowest, scale):
+@pytest.mark.parametrize(("lowest", "scale"), [(1.0, "linear"), (0.1, "log"), (0.0, "log")])
+def test_the_loss_axis_is_logarithmic_where_losses_differ_much(tmp_path, drawn, lowest, scale):
     records = [record(step, loss) for step, loss in enumerate(np.linspace(5, lowest, 20).tolist(), start=1)]
     draw("loss", tmp_path / "chart.png", records)
     assert drawn[0].get_yscale() == scale
+    every = drawn[0].get_lines()[1 if lowest == 0 else 0]
+    assert len(every.get_ydata()) == 20 and np.isfinite(every.get_ydata()).all()  # a loss of 0 too
+    assert (min(every.get_ydata()) >= drawn[0].get_ylim()[0]) and (
+        "0 stands at the lower" in str(legend(drawn[0]))
+    ) == (lowest == 0)
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("chart", ["loss", "learning rate", "gradient norm"])
+@pytest.mark.parametrize("num_steps", [1, 3, 5, 20])
+def test_charts_of_few_steps_have_whole_distinct_ticks_and_a_marker_for_each_point(tmp_path, drawn, chart, num_steps):
+    draw(chart, tmp_path / "chart.png", [record(step, tokens_seen=64 * step) for step in range(1, num_steps + 1)])
+    [axes] = drawn
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks and ticks == sorted({round(tick) for tick in ticks})
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(labels) == len(set(labels))
+    assert any(line.get_marker() == "." for line in axes.get_lines())
+
+
+def test_tokens_stand_above_the_steps(tmp_path, drawn):
+    draw("loss", tmp_path / "chart.png", [record(step, tokens_seen=500_000 * step) for step in range(1, 5)])
+    [above] = drawn[0].child_axes
+    drawn[0].figure.draw_without_rendering()
+    assert above.get_xlabel() == "training tokens"
+    assert "1M" in [label.get_text() for label in above.get_xticklabels()]
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1e6])
+def test_the_clip_line_never_decides_the_scale(tmp_path, drawn, clip):
+    records = Records([record(step, norm=1 + step / 10) for step in range(1, 21)])
+    for max_norm in (None, clip):
+        charts.draw_gradient_norm(tmp_path / "chart.png", records, clipping_max_norm=max_norm, title="")
+    assert drawn[0].get_ylim() == drawn[1].get_ylim()
+    assert any(f"clip at {clip:g}" in text for text in legend(drawn[1]))
+
+
+def test_a_long_line_is_thinned_to_its_lowest_and_highest_points():
+    series = Series(np.arange(1.0, 1_000_001), np.sin(np.arange(1_000_000)))
+    series.y[[123_456, 654_321]] = 7, -7
+    short = thinned(series)
+    assert len(short.x) <= 2_002
+    assert {7, -7} < set(short.y) and (np.diff(short.x) > 0).all()
+    np.testing.assert_array_equal(short.x[[0, -1]], [1, 1_000_000])
+    np.testing.assert_array_equal(series.y[short.x.astype(int) - 1], short.y)
+
+
+def test_a_period_stands_in_its_middle_also_where_steps_lack():
+    steps = np.array([1.0, 2, 3, 4, 9, 10])
+    means = period_means(Series(steps, steps * 2), (steps - 1) // 4)
+    np.testing.assert_array_equal(means.x, [2.5, 9.5])
+    np.testing.assert_array_equal(means.y, [5, 19])
 
 
 def test_the_learning_rate_chart_shows_every_step(tmp_path, drawn):

@@ -1,8 +1,8 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
-from outside_in.reports.charts import Curve
 from outside_in.reports.comparison import X_LABELS, compare, labels, not_comparable, read
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
@@ -133,15 +133,48 @@ def test_runs_of_the_same_name_are_told_apart_by_their_path(trained, tmp_path):
     assert list(labels(runs).values()) == [str(tmp_path / name) for name in ("a", "b", "other/a")]
 
 
-@pytest.mark.parametrize(("x", "positions"), [("tokens", [128, 256]), ("steps", [1, 2]), ("seconds", [0.5, 3.5])])
-def test_a_curve_runs_over_what_was_asked_for(trained, tmp_path, monkeypatch, x, positions):
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """The curves and the label of every comparison that the test draws."""
+    calls = []
     monkeypatch.setattr(
-        "outside_in.reports.comparison.draw_comparison", lambda path, curves, x_label: drawn.append((curves, x_label))
+        "outside_in.reports.comparison.draw_comparison", lambda path, curves, x_label: calls.append((curves, x_label))
     )
+    return calls
+
+
+@pytest.mark.parametrize(("x", "positions"), [("tokens", [128, 256]), ("steps", [1, 2]), ("seconds", [0.5, 3.5])])
+def test_a_curve_runs_over_what_was_asked_for(trained, tmp_path, drawn, x, positions):
     run = trained("run", [record(1, 4.0), record(2, 3.0, seconds=3.0, val_loss=3.5)])
     compare([run], x, tmp_path / "chart.png")
-    assert drawn == [([Curve("run", list(zip(positions, [4.0, 3.0])), [(positions[1], 3.5)])], X_LABELS[x])]
+    [([curve], label)] = drawn
+    assert (curve.label, label, curve.is_comparable) == ("run", X_LABELS[x], True)
+    assert [series.tolist() for series in curve.training] == [positions, [4.0, 3.0]]
+    assert [series.tolist() for series in curve.validation] == [positions[1:], [3.5]]
+
+
+def test_runs_that_are_not_comparable_are_drawn_apart(trained, tmp_path, monkeypatch):
+    runs = [trained(name, [record(1, 4.0, val_loss=4.5)]) for name in ("one", "two")]
+    runs.append(trained("echo", [record(1, 0.0), record(2, 0.5)], train={"objective": "a-to-a"}))
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: figures.append(self) or savefig(self, *a, **o))
+    compare(runs, "steps", tmp_path / "chart.png")
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figures[0].axes]
+    assert legends == [["one  4.500", "two  4.500"], ["echo  0.500 (training)"]]
+    assert "not comparable" in figures[0].axes[1].get_title()
+
+
+def test_eleven_runs_can_be_told_apart_and_the_legend_has_their_last_losses_in_order(trained, tmp_path, monkeypatch):
+    runs = [trained(f"run-{i}", [record(1, 9.0), record(2, 4.0 + i, val_loss=3.0 + i)]) for i in range(11)]
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: figures.append(self) or savefig(self, *a, **o))
+    compare(runs, "tokens", tmp_path / "chart.png")
+    [axes] = figures[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"run-{i}  {3 + i:.3f}" for i in range(10, -1, -1)
+    ]
+    shown = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in shown}) == 11
 
 
 def test_the_program_expands_folders_and_writes_the_chart(trained, call_program, tmp_path):
