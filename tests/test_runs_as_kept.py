@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from helpers import ROOT, captured_log, complaint, final_state, run_program
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import HostCopy, find_checkpoints, prune, save
+from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config_files import load_config
+from outside_in.data.loader import open_streams
+from outside_in.data.run_length import spare_sequences
 from outside_in.inference.load import find_weights
 from outside_in.storage import metrics
 from outside_in.storage.checkpoint_folder import find_best, history
@@ -178,6 +183,28 @@ def test_a_run_of_more_epochs_is_the_same_run(call_program, new_run, stop_at):
     assert longer.returncode == 0
     assert f"the run has 24 steps now, not 12; by its schedule, the learning rate after step {stop_at}" in longer.stdout
     assert tokens_of(short) == tokens_of(long)
+
+
+def test_epochs_of_all_tokens_leave_out_other_sequences_each_time_and_resume(call_program, new_run):
+    run = new_run(min_train_tokens=-1, epochs=3, checkpoint_interval=10)  # 2,000 tokens: 15 steps and 4 sequences
+    call_program("train", run)
+    whole = tokens_of(run)
+    assert len(whole) == 45
+    [middle] = [c.path.name for c in find_checkpoints(run / "checkpoints") if c.global_step == 30]
+    assert call_program("train", run, "--from", middle).returncode == 0
+    assert tokens_of(run) == whole
+    model, train = (
+        load_config(run / f"{name}.json", kind) for name, kind in (("model", ModelConfig), ("train", TrainConfig))
+    )
+    spare = spare_sequences(model, train, 15)
+    stream, _ = open_streams(run.parent / "tokens", model, train, 15, spare=spare)
+    drawn = [set(np.stack([stream.positions(15 * epoch + step) for step in range(15)]).flat) for epoch in range(3)]
+    assert drawn[0] == set(range(0, 1920, 16)) != drawn[1] != drawn[2]
+    assert crcs(stream) == [crc for _, crc in whole]
+
+
+def crcs(stream):
+    return [zlib.crc32(stream.batch(i)[1].tobytes(), zlib.crc32(stream.batch(i)[0].tobytes())) for i in range(45)]
 
 
 def test_more_tokens_come_after_those_of_before_and_none_comes_twice(call_program, new_run):

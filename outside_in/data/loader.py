@@ -48,12 +48,13 @@ class TokenStream:
     shuffle: bool
     local_sequences: tuple[int, int] | None = None  # of the B sequences those that this process reads; None: all
     grown: tuple[int, ...] = ()  # steps of the first epoch at which it was made longer: each part has its own order
+    spare: int = 0  # whole sequences after those of the whole steps: later epochs draw from them, too
     _cache: dict[int, np.ndarray] = field(default_factory=dict)  # what it has read, by epoch, when these are not all
 
     @property
     def num_steps(self) -> int:
         """Return the whole global steps in one epoch. The token after them is the last target."""
-        return (self.tokens.size - 1) // math.prod(self.batch_shape)
+        return (self.tokens.size - 1 - self.spare * self.batch_shape[-1]) // math.prod(self.batch_shape)
 
     def positions(self, step: int) -> np.ndarray:
         """Return where the sequences of global step `step` begin. The positions are indices of tokens, (K, B)."""
@@ -65,14 +66,15 @@ class TokenStream:
         first, last = borders[part : part + 2]
         chosen = np.arange((step_in_epoch - first) * per_step, (step_in_epoch - first + 1) * per_step)
         if self.shuffle or epoch:
-            chosen = _sequence_order(self.seed, epoch, part, (last - first) * per_step)[chosen]
+            count = (last - first) * per_step + (self.spare if epoch else 0)
+            chosen = _sequence_order(self.seed, epoch, part, count)[chosen]
         return ((chosen + first * per_step) * length).reshape(microbatches, sequences)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs and targets of global step `step`, counted from 0.
 
-        Both are (K, B, T), or (K, local sequences, T). Every epoch takes all sequences in its own seeded order; the
-        first one takes them in file order unless `shuffle`.
+        Both are (K, B, T), or (K, local sequences, T). Every epoch has its own seeded order; the first one takes the
+        sequences of its whole steps in file order unless `shuffle`, later ones draw from all sequences.
         """
         host_tokens, length = np.asarray(self.tokens), self.batch_shape[-1]  # a view
         if self.local_sequences is None:
@@ -133,6 +135,7 @@ def open_streams(
     local_sequences: tuple[int, int] | None = None,
     *,
     grown: tuple[int, ...] = (),
+    spare: int = 0,
 ) -> tuple[TokenStream, TokenStream | None]:
     """Load the tokens that a run trains on and validates on.
 
@@ -142,10 +145,11 @@ def open_streams(
     Raises ValueError when a file is wrong (see `load_tokens`) or too short.
     """
     count, validation_count = find_lengths(folder, model, train, steps_per_epoch, devices)
+    count += spare * model.context_length
     load = load_tokens if local_sequences is None else map_tokens
     tokens = load(folder / TRAIN, model.vocab_size, train.start_train_token, count)
     shape = (train.gradient_accumulation_steps, train.microbatch_size * devices, model.context_length)
-    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences, grown)
+    train_stream = TokenStream(tokens, shape, train.objective, train.seed, train.shuffle, local_sequences, grown, spare)
     if not validation_count:
         return train_stream, None
     tokens = load_tokens(folder / VALIDATION, model.vocab_size, train.start_val_token, validation_count)

@@ -72,6 +72,15 @@ def whole_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1
     return total
 
 
+def spare_sequences(model: ModelConfig, train: TrainConfig, steps_per_epoch: int, devices: int = 1) -> int:
+    """Count the whole sequences of the data that are too few for another step; 0 unless a run takes all tokens."""
+    available = tokens_available(train)
+    if train.min_train_tokens != -1 or not available:
+        return 0
+    per_step = tokens_per_global_step(model, train, devices)
+    return (available - 1 - steps_per_epoch * per_step) // model.context_length
+
+
 def find_lengths(
     folder: Path, model: ModelConfig, train: TrainConfig, steps_per_epoch: int, devices: int = 1
 ) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from model import create_model
 from outside_in.config import ModelConfig, TrainConfig, devices_at_start, with_sequences_per_step
 from outside_in.config_files import load_config
 from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
-from outside_in.data.run_length import find_data_tokenizer, total_steps, whole_steps
+from outside_in.data.run_length import find_data_tokenizer, spare_sequences, total_steps, whole_steps
 from outside_in.data.sources import dataset_folder, dataset_revision
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.diagnostics.preflight import check_fits
@@ -44,6 +44,7 @@ class Plan:
     mesh: Mesh
     total_steps: int
     grown: tuple[int, ...] = ()  # steps at which the first epoch was made longer
+    spare: int = 0  # sequences beside those of an epoch's whole steps
 
 
 def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, checkpoint: Checkpoint | None) -> Plan:
@@ -53,8 +54,12 @@ def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, 
     sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
     adapted = with_sequences_per_step(config, sequences, mesh.devices.size)
     total = whole_steps(model_config, config, devices)
-    grown = resume_checks.check_length(checkpoint, total, sequences * model_config.context_length, config)
-    return Plan(run, model_config, adapted, config, mesh, total, grown)
+    length, steps = model_config.context_length, total // config.epochs
+    grown = resume_checks.check_length(checkpoint, total, sequences * length, config)
+    spare = spare_sequences(model_config, config, steps, devices)
+    if checkpoint and grown == tuple(checkpoint.meta.get("grown", ())):  # as long as it was: then as it was
+        spare = resume_checks.num_spare(checkpoint.meta, steps * sequences, length)
+    return Plan(run, model_config, adapted, config, mesh, total, grown, spare)
 
 
 def describe_progress(run: RunDirectory) -> str:
@@ -100,6 +105,7 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
             steps,
             mesh.devices.size,
             grown=plan.grown,
+            spare=plan.spare,
             local_sequences=local_sequences,
         )
     fingerprints = {
@@ -194,12 +200,12 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
         processes.on_main_process(checkpointing.save, state.run.checkpoints, copy, meta, model_json, state.files)
     with processes.propagate_errors():
         forget_after(state, state.global_step)
-    steps = [record["global_step"] for record in state.records]
+    steps = state.records.column("global_step")
     has_record = state.global_step in steps[-1:]
     needs_validation = not checkpoint.is_validated and state.is_at_milestone and has_record
     state.needs_validation = processes.broadcast(needs_validation)
     if state.needs_validation and processes.is_main_process():  # its sample comes once more
         samples.cut_after(state.run.samples, state.global_step - 1)
-    if steps != list(range(1, state.global_step + 1)):
+    if not np.array_equal(steps, np.arange(1, state.global_step + 1)):
         log.warning(f"{state.run.metrics} lacks steps before {state.global_step:,}; charts will show a gap")
     log.info(f"resuming from step {state.global_step:,} of {state.total_steps:,}, {checkpoint.path}")

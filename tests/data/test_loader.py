@@ -1,5 +1,6 @@
 """Token files, and the rule that turns a step number into arrays."""
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -110,6 +111,18 @@ def test_the_seed_and_nothing_else_decides_the_order(epoch):
 def test_tokens_that_do_not_fill_a_step_are_left_out(extra):
     assert stream(extra=extra).num_steps == STEPS
     assert (epoch_inputs(stream(extra=extra), 1) == epoch_inputs(stream(), 1)).all()
+
+
+def test_later_epochs_draw_from_all_whole_sequences_and_take_none_twice():
+    spare = 2
+    tokens = dataclasses.replace(stream(extra=spare * T), spare=spare)
+    assert tokens.num_steps == STEPS
+    assert (epoch_inputs(tokens, 0) == epoch_inputs(stream(), 0)).all()
+    later = [epoch_inputs(tokens, epoch)[:, 0] // T for epoch in range(1, 30)]
+    assert {len(set(sequences)) for sequences in later} == {STEPS * K * B}
+    missed = [set(range(STEPS * K * B + spare)).difference(sequences) for sequences in later]
+    assert set().union(*missed) > {STEPS * K * B, STEPS * K * B + 1}
+    assert len(set(map(frozenset, missed))) > 10
 
 
 @pytest.mark.parametrize("step", [0, STEPS + 1])

@@ -116,6 +116,11 @@ def test_a_key_that_came_after_the_checkpoint_is_no_change(saved):
     assert check(saved) == []
 
 
+@pytest.mark.parametrize(("train", "spare"), [("1921 tokens, sha256 aa", 0), ("1985 tokens, sha256 aa", 4)])
+def test_a_run_goes_on_drawing_from_the_sequences_it_began_with(train, spare):
+    assert resume_checks.num_spare({"data": {"train": train}}, num_sequences=120, length=16) == spare
+
+
 @pytest.mark.parametrize("accept", [False, True])
 @pytest.mark.parametrize("old", ["1999 tokens, sha256 cc", None])
 def test_other_training_tokens_are_refused_whatever_is_accepted(saved, old, accept):
