@@ -1,6 +1,7 @@
 """Print a checkpoint's parameters, or compare two: `uv run inspect_checkpoint.py runs/NAME`."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from outside_in.runtime import cli
@@ -20,8 +21,19 @@ def main(args: argparse.Namespace) -> int:
     tables = [{name: stored.content[...] for name, stored in load_weights(file).items()} for file in files]
     for file in files:
         manifest.check_alone(file)
-    print(*files, "", *array_table(*tables), sep="\n")
+    print(*map(describe, files), "", *array_table(*tables), sep="\n")
     return cli.DONE
+
+
+def describe(file: Path) -> str:
+    """Return a weights file's path, with the overrides under which it was trained."""
+    from outside_in.overrides import as_arguments
+    from outside_in.storage.checkpoint_folder import META_FILE
+    from outside_in.storage.strict_json import read_json
+
+    meta = read_json(meta_file) if (meta_file := file.parent / META_FILE).is_file() else {}
+    overrides = meta.get("overrides")
+    return f"{file}, trained with {shlex.join(as_arguments(overrides))}" if overrides else str(file)
 
 
 def make_parser() -> cli.ArgumentParser:

@@ -8,12 +8,12 @@ import contextlib
 import importlib
 import logging
 import os
+import shlex
 import signal
 import traceback
 from pathlib import Path
 
-from outside_in.config import ModelConfig, TrainConfig
-from outside_in.config_files import load_config
+from outside_in.overrides import KNOWN, load_run, parse
 from outside_in.reports.cards import CARDS, COMPILE_ONLY
 from outside_in.runtime import cli
 from outside_in.runtime.log import log
@@ -37,6 +37,11 @@ def main(args: argparse.Namespace) -> int:
         from outside_in.training.new_run import make_run
 
         make_run(args.new, args.like, [str(argument) for argument in (args.run, *args.changes) if argument])
+        return cli.DONE
+    if args.help_keys:
+        from outside_in.reports.key_table import key_table
+
+        print(*key_table(), sep="\n")
         return cli.DONE
     if args.device:
         os.environ |= COMPILE_ONLY
@@ -73,10 +78,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--devices {args.devices}: expected a positive number, and --device")
     if bool(args.new) != bool(args.like):
         raise ValueError("--new and --like: expected together: --new RUN --like RUN KEY=VALUE …")
-    if args.changes and not args.new:
-        raise ValueError(
-            f"{args.changes[0]}: expected only with --new, which makes a run; to change {args.run}, edit its files"
-        )
+    if args.run and not args.new and str(args.run).partition("=")[0] in KNOWN and not args.run.exists():
+        raise ValueError(f"{args.run}: expected after the run: uv run train.py runs/NAME {shlex.quote(str(args.run))}")
     if args.run is None and args.hash_parameters:  # which has taken the run's folder for its pattern
         raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
     if args.distributed and (args.mode or args.debug_checks):
@@ -98,8 +101,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) -> int:
-    model_config = load_config(run.model_config, ModelConfig)
-    config = load_config(run.train_config, TrainConfig)
+    model_config, config, overrides = load_run(run, args.changes)
+    for line in overrides:
+        log.info(line)
     time_budget = TimeBudget("starting")
     try:
         if args.device:
@@ -114,7 +118,7 @@ def train_one(run: RunDirectory, args: argparse.Namespace, stop: StopRequest) ->
             if args.mode == "check":
                 from outside_in.training.resume_checks import check_newest
 
-                check_newest(run, model_config, config)
+                check_newest(run, model_config, config, parse(args.changes))
             return cli.DONE
         with lock(run, args):
             log.info("starting")
@@ -146,9 +150,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
     """
     if args.from_checkpoint:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
-    layers = [load_config(run.model_config, ModelConfig).n_layers for run in runs]  # a typo in the last one should not
-    for run in runs:  # show after hours
-        load_config(run.train_config, TrainConfig)
+    layers = [load_run(run, args.changes)[0].n_layers for run in runs]  # a typo should not show after hours
     if args.max_layers is not None:
         runs = [run for run, count in zip(runs, layers) if count <= args.max_layers]
     failed = False
@@ -170,7 +172,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Train a run, or resume it.")
+    parser = cli.KeyArgumentParser(description="Train a run, or resume it.")
     add = parser.add_argument
     add("run", nargs="?", type=Path, help="the run's folder, or a folder of runs; without one, list them")
     add(
@@ -179,7 +181,13 @@ def make_parser() -> cli.ArgumentParser:
         metavar="CHECKPOINT",
         help="resume from this checkpoint: best, latest, or the name of one",
     )
-    add("changes", nargs="*", metavar="KEY=VALUE", help="for --new: keys of train.json, or model.KEY of model.json")
+    add(
+        "changes",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="another value for this start, or for the run that --new makes: learning_rate=3e-4, model.n_layers=6",
+    )
+    add("--help-keys", action="store_true", help="list every key with its type, default, limits and meaning, and stop")
     add("--new", type=Path, metavar="RUN", help="make a run from that of --like, and stop")
     add("--like", type=Path, metavar="RUN", help="the run whose files --new takes")
     add("--max-layers", type=int, metavar="N", help="of a folder of runs, train only those with at most N layers")

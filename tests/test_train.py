@@ -29,11 +29,12 @@ def train(call_program):
     return partial(call_program, "train")
 
 
-def start_and_signal(run, *signals, after_step=20, metrics=None):
+def start_and_signal(run, *signals, after_step=20, metrics=None, arguments=()):
     """Start a run, wait for some steps (of `metrics`), send signals; returns exit code and output."""
     log = run.with_suffix(".log")
     with log.open("w") as output:  # a pipe that nobody empties would stop the program
-        process = subprocess.Popen([sys.executable, ROOT / "train.py", run], stdout=output, stderr=output)
+        command = [sys.executable, ROOT / "train.py", run, *arguments]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     metrics = metrics or run / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= after_step):
         time.sleep(0.005)

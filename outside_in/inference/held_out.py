@@ -17,6 +17,7 @@ from outside_in.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, check_same
 from outside_in.inference.evaluation import num_windows, standard_error, windowed_losses
 from outside_in.inference.hellaswag import Question, answer, count_longer, read_questions
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model, need_tokenizer
+from outside_in.overrides import as_trained
 from outside_in.runtime.devices import initialize_devices
 from outside_in.runtime.log import log
 from outside_in.runtime.progress import Progress
@@ -78,7 +79,7 @@ def dataset_of(path: Path) -> str:
     """Return the dataset of the run that a path belongs to."""
     for folder in (path, *path.absolute().parents[:3]):
         if (file := RunDirectory(folder).train_config).is_file():
-            config = load_config(file, TrainConfig)
+            config = config_of(RunDirectory(folder))
             if config.objective != "next-token":
                 raise ValueError(
                     f"{file}: trained {config.objective}, not to predict the next token; choose tokens with --dataset"
@@ -87,10 +88,16 @@ def dataset_of(path: Path) -> str:
     raise ValueError(f"{path}: is not in a run, so its dataset is unknown; choose one with --dataset")
 
 
+def config_of(run: RunDirectory) -> TrainConfig:
+    """Return a run's config as its newest checkpoint was trained."""
+    checkpoints = find_checkpoints(run.checkpoints)
+    return as_trained(run, load_config(run.train_config, TrainConfig), checkpoints[-1].meta if checkpoints else {})
+
+
 def notice_other_content(path: Path, folder: Path) -> None:
     """Log a warning when the validation tokens are not those that the run of a path was validated on."""
     run = next(RunDirectory(f) for f in (path, *path.absolute().parents[:3]) if RunDirectory(f).train_config.is_file())
-    config, checkpoints = load_config(run.train_config, TrainConfig), find_checkpoints(run.checkpoints)
+    config, checkpoints = config_of(run), find_checkpoints(run.checkpoints)
     validated = checkpoints[-1].meta.get("data", {}).get("validation") if checkpoints else None
     if not validated:
         return

@@ -16,6 +16,7 @@ from model import count_parameters
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import load_config
 from outside_in.data.hub import HUB
+from outside_in.overrides import as_trained
 from outside_in.reports import markdown
 from outside_in.reports.charts import X_LABELS, Curve, draw_comparison, over_steps
 from outside_in.reports.series import Series
@@ -32,7 +33,7 @@ class RunResult:
 
     run: RunDirectory
     model_config: ModelConfig
-    config: TrainConfig
+    config: TrainConfig  # with the overrides that it was trained under
     records: Records  # at least one
     meta: dict[str, Any]  # of the newest readable checkpoint; empty without one
 
@@ -102,7 +103,8 @@ def read(run: RunDirectory) -> RunResult | None:
     """Read a run's configs and metrics; None without metrics. Raises ValueError when they are unreadable."""
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.load(run.metrics)
-    return RunResult(run, model_config, config, records, newest_meta(run)) if records else None
+    meta = newest_meta(run)
+    return RunResult(run, model_config, as_trained(run, config, meta), records, meta) if records else None
 
 
 def newest_meta(run: RunDirectory) -> dict[str, Any]:

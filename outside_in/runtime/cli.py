@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -29,6 +31,25 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {' '.join(message.split())}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(USAGE)
+
+
+class KeyArgumentParser(ArgumentParser):
+    """Takes `KEY=VALUE` anywhere on the line, and says how to write a key that comes as an option."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._arguments = sys.argv[1:] if args is None else list(args)
+        return self.parse_intermixed_args(self._arguments, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        from outside_in.overrides import as_key
+
+        for option, following in itertools.pairwise([*self._arguments, "--"]):
+            name, equals, value = option.partition("=")
+            if option.startswith("--") and (key := as_key(name)):
+                value = value if equals else "VALUE" if following.startswith("--") else following
+                message = f"{option}: keys have no dashes before them; write {shlex.quote(f'{key}={value}')}"
+                break
+        super().error(message)
 
 
 class _TolerantStream:

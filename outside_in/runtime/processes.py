@@ -181,7 +181,7 @@ def check_same(configs: Mapping[str, Mapping[str, Any]]) -> None:
             if local.get(key) != expected.get(key):
                 raise ValueError(
                     f"{file}: {key} is {json.dumps(local.get(key))} in process {jax.process_index()}, but "
-                    f"{json.dumps(expected.get(key))} in process 0; all need the same files"
+                    f"{json.dumps(expected.get(key))} in process 0; all need the same files and arguments"
                 )
 
 

@@ -60,6 +60,17 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
     raise ValueError(f"{source}: {problem}")
 
 
+def parse_value(text: str) -> Any:
+    """Parse a JSON value of the command line; what is not JSON is text.
+
+    Raises ValueError for JSON that is not strict.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+    except (json.JSONDecodeError, RecursionError):
+        return text
+
+
 def _levels(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_levels, inner), default=0)

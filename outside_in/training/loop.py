@@ -1,7 +1,6 @@
 """The training loop."""
 
 import math
-import shlex
 import time
 import zlib
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from outside_in.data.loader import Batch, place_batch
 from outside_in.diagnostics import memory
 from outside_in.diagnostics.rejections import record_rejection
 from outside_in.optimizer import UpdateReport
+from outside_in.overrides import as_arguments, train_line
 from outside_in.reports.flops import mfu
 from outside_in.runtime import processes
 from outside_in.runtime.devices import device_kind
@@ -158,7 +158,7 @@ def advice_when_stuck(state: TrainState) -> str:
 def way_back(state: TrainState) -> str:
     """Return what to type after too many rejections."""
     run, uniform = state.run, math.log(state.model_config.vocab_size)
-    start = f"uv run train.py {shlex.quote(str(run.path))}"
+    start = train_line(run.path, as_arguments(state.snapshot.get("overrides", {})))
     again = f"lower learning_rate, move {run.checkpoints} away, and start again: {start}"
     best = checkpointing.find_best(checkpointing.find_checkpoints(run.checkpoints))
     if best is None:

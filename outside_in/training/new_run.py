@@ -2,30 +2,28 @@
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from outside_in import overrides
 from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
 from outside_in.config_files import parse_config
 from outside_in.data.builtin import find_builtin
 from outside_in.data.sources import dataset_folder, dataset_tokenizer, is_on_hub
 from outside_in.data.token_files import TRAIN, count_tokens, find_validation
+from outside_in.overrides import Keys
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.strict_json import parse_object, read_text
 
-Keys = dict[str, Any]
 OF_OLD_DATA = ("start_train_token", "start_val_token")
 
 
 def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
     """Write `model.json` and `train.json` of a new run.
 
-    They are those of the run `like`, with changes of the form KEY=VALUE. KEY is one of train.json, such as
-    learning_rate or mesh.fsdp, or model.KEY. VALUE is JSON, or else text. With another dataset, the vocabulary is the
+    They are those of the run `like`, with changes of the form KEY=VALUE. With another dataset, the vocabulary is the
     data's, and few data are trained on in several epochs, so that the run is about as long.
     Raises ValueError, and writes nothing, when `folder` exists or the result is not a valid run.
     """
@@ -37,7 +35,9 @@ def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
         parse_object(read_text(path, "a config of a few lines"), str(path))
         for path in (old.model_config, old.train_config)
     )
-    changed = [apply(model, train, change) for change in changes]
+    values = overrides.parse(changes)
+    overrides.apply(model, train, values)
+    changed = [overrides.top_key(key) for key in values]
     if "dataset" in changed:
         changed += adapt(model, train, changed)
     new = RunDirectory(folder)
@@ -50,26 +50,7 @@ def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
     every = {**{f"model.{key}": value for key, value in model.items()}, **train}
     listed = [f"{key}={json.dumps(every[key])}" for key in dict.fromkeys(changed) if key in every]
     log.info(f"{folder} is {like} with {', '.join(listed) or 'nothing changed'}")
-    log.info(f"train it: uv run train.py {shlex.quote(str(folder))}")
-
-
-def apply(model: Keys, train: Keys, change: str) -> str:
-    """Apply KEY=VALUE to the keys of the two files; return KEY."""
-    name, equals, text = change.partition("=")
-    if not equals or not name:
-        raise ValueError(f"{change}: expected KEY=VALUE, such as learning_rate=0.001 or model.n_layers=6")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    keys, key = (model, name.removeprefix("model.")) if name.startswith("model.") else (train, name)
-    outer, dot, inner = key.partition(".")
-    if dot and outer == "mesh":
-        old = keys.get(outer)
-        keys[outer] = {**(old if isinstance(old, dict) else {}), inner: value}
-        return outer
-    keys[key] = value
-    return name
+    log.info(f"train it: {overrides.train_line(folder, [])}")
 
 
 def adapt(model: Keys, train: Keys, changed: Sequence[str]) -> list[str]:

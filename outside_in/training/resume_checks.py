@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from outside_in.config_files import Config, OnResume
 from outside_in.data.hub import HUB
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.optimizer import learning_rate_schedule
+from outside_in.overrides import as_arguments, top_key
 from outside_in.runtime.log import log
 from outside_in.storage.checkpoint_folder import Checkpoint
 from outside_in.storage.run_directory import RunDirectory
 
 DEFAULTS = {"random numbers": "threefry2x32"}  # of checkpoints that do not say it
+OF_VALIDATION = frozenset({"start_val_token", "val_tokens"})  # which choose the validation tokens
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "jaxlib", "numpy")
 
 
@@ -48,37 +52,56 @@ def versions() -> dict[str, str]:
 def check_form(meta: dict[str, Any], source: Path) -> None:
     """Raise ValueError when a checkpoint's meta lacks what resuming needs. `source` names its file."""
     expected = dict.fromkeys(("model_config", "train_config", "data", "versions"), dict) | {"seconds_trained": float}
-    expected |= {"seconds_paused": float} if "seconds_paused" in meta else {}
+    later = {"seconds_paused": float, "overrides": dict}
+    expected |= {name: kind for name, kind in later.items() if name in meta}
     unusable = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
     if unusable:
         raise ValueError(f"{source}: lacks a usable {unusable[0]!r}; resume from another checkpoint with --from")
 
 
-def check_configs(saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool) -> None:
+def check_configs(
+    saved: dict[str, Any], model: ModelConfig, train: TrainConfig, *, accept: bool, overrides: Mapping[str, Any]
+) -> set[str]:
     """Compare configs and versions with a snapshot; log every allowed difference.
 
-    Raises ValueError on a fatal change, and on an announced one unless `accept`.
+    `overrides` are those of the command line: a change by one of them is accepted. Returns the keys that they change.
+    Raises ValueError on a fatal change, and on an announced one unless it is accepted.
     """
-    changes: dict[OnResume, list[str]] = {"fatal": [], "announced": [], "free": []}
+    changes: dict[OnResume, dict[str, str]] = {"fatal": {}, "announced": {}, "free": {}}
     for old, new in ((saved["model_config"], model), (saved["train_config"], train)):
         for name, change in _changes(old, new).items():
-            changes[new.on_resume(name)].append(change)
+            changes[new.on_resume(name)][name] = change + _origin(name, overrides, saved.get("overrides", {}))
     if changes["fatal"]:
-        raise ValueError(f"{'; '.join(changes['fatal'])}: this cannot change within a run; undo it or start a new run")
-    if changes["announced"] and not accept:
-        raise ValueError(f"{'; '.join(changes['announced'])}: undo it, or resume with --accept-changes")
-    for change in changes["announced"] + changes["free"]:
+        raise ValueError(
+            f"{'; '.join(changes['fatal'].values())}: this cannot change within a run; undo it or start a new run"
+        )
+    wanted = {top_key(key) for key in overrides}
+    if refused := {name: change for name, change in changes["announced"].items() if name not in wanted and not accept}:
+        again = {key: value for key, value in saved.get("overrides", {}).items() if top_key(key) in refused}
+        covers_all = refused.keys() == {top_key(key) for key in again}
+        remedy = f"repeat {shlex.join(as_arguments(again))}" if covers_all else "undo it"
+        raise ValueError(f"{'; '.join(refused.values())}: {remedy}, or resume with --accept-changes")
+    allowed = changes["announced"] | changes["free"]
+    for change in allowed.values():
         log.info(f"since the checkpoint: {change}")
     for name, version in versions().items():
         if (old_version := saved["versions"].get(name, DEFAULTS.get(name))) != version:
             log.info(f"since the checkpoint: {name} {old_version} → {version}; expect tiny differences")
+    return wanted & allowed.keys()
 
 
-def check_newest(run: RunDirectory, model: ModelConfig, train: TrainConfig) -> None:
+def _origin(name: str, overrides: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    if any(top_key(key) == name for key in overrides):
+        return " (on the command line)"
+    last = {key: value for key, value in before.items() if top_key(key) == name}
+    return f" (the last start had {shlex.join(as_arguments(last))} on its command line)" if last else ""
+
+
+def check_newest(run: RunDirectory, model: ModelConfig, train: TrainConfig, overrides: Mapping[str, Any]) -> None:
     """Raise ValueError when a run cannot be resumed from its newest checkpoint, by its configs."""
     for checkpoint in find_checkpoints(run.checkpoints)[-1:]:
         check_form(checkpoint.meta, checkpoint.path / META_FILE)
-        check_configs(checkpoint.meta, model, train, accept=False)
+        check_configs(checkpoint.meta, model, train, accept=False, overrides=overrides)
 
 
 def num_train_tokens(meta: dict[str, Any]) -> int | None:

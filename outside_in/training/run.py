@@ -1,7 +1,7 @@
 """One run from start to end: plan, restore or build, train, report."""
 
 import argparse
-import shlex
+from typing import Any
 
 import jax
 
@@ -11,6 +11,7 @@ from outside_in.config import ModelConfig, TrainConfig, devices_at_start
 from outside_in.data.run_length import known_data, whole_steps
 from outside_in.diagnostics import preflight
 from outside_in.layers.kernels import describe_attention
+from outside_in.overrides import in_effect, parse, train_line
 from outside_in.reports.flops import describe_peak
 from outside_in.runtime import processes
 from outside_in.runtime.cli import DONE
@@ -35,11 +36,14 @@ def run_training(
     time_budget: TimeBudget,
 ) -> int:
     """Train a run, or resume it; return the exit code."""
-    check_same(model_config, config, args)
-    checkpoint = find_start(run, args.from_checkpoint)
+    overrides = in_effect(parse(args.changes), config)
+    check_same(model_config, config, args, overrides)
+    checkpoint, accepted = find_start(run, args.from_checkpoint), set()
     if checkpoint:
         resume_checks.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)
-        resume_checks.check_configs(checkpoint.meta, model_config, config, accept=args.accept_changes)
+        accepted = resume_checks.check_configs(
+            checkpoint.meta, model_config, config, accept=args.accept_changes, overrides=overrides
+        )
         total = whole_steps(model_config, config, devices_at_start(config, checkpoint.meta))
         is_finished = checkpoint.global_step == total and checkpoint.is_validated
         keep = config.keep_checkpoints if is_finished else None
@@ -48,17 +52,18 @@ def run_training(
             log.info(f"{run.path} is finished: step {total:,} of {total:,}, {checkpoint.path}")
             return DONE
     log.info(initialize_devices())
-    plan = plan_run(run, model_config, config, checkpoint)
+    plan = plan_run(run, model_config, config, checkpoint, overrides)
     announce(plan)
     state = build(plan, time_budget)
     monitor = StepMonitor(state, pattern=args.hash_parameters, debug_checks=args.debug_checks)
     if state.val_stream is None:
         log.info("no validation tokens: the best checkpoint is the one with the lowest training loss")
     if checkpoint:
-        restore(checkpoint, state, accept=args.accept_changes, commit_again=args.from_checkpoint is not None)
+        accept = args.accept_changes or not resume_checks.OF_VALIDATION.isdisjoint(accepted)
+        restore(checkpoint, state, accept=accept, commit_again=args.from_checkpoint is not None)
     else:
         start(state)
-    resume_line = f"type the same line again (uv run train.py {shlex.quote(str(args.run))})"
+    resume_line = f"type the same line again ({train_line(args.run, args.changes)})"
     with listening(
         stop,
         "stopping after this step; a second Ctrl-C exits at once",
@@ -69,12 +74,14 @@ def run_training(
     return report(state, stop, resume_line)
 
 
-def check_same(model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace) -> None:
-    """Raise ValueError when the processes have different configs or options."""
+def check_same(
+    model_config: ModelConfig, config: TrainConfig, args: argparse.Namespace, overrides: dict[str, Any]
+) -> None:
+    """Raise ValueError when the processes have different configs, overrides or options."""
     options = {name: getattr(args, name) for name in ("from_checkpoint", "accept_changes", "hash_parameters")}
     configs = {"model.json": model_config.model_dump(), "train.json": config.model_dump()}
     with processes.propagate_errors():
-        processes.check_same(configs | {"the command line": options})
+        processes.check_same({"the command line": options | overrides} | configs)
 
 
 def find_start(run: RunDirectory, which: str | None) -> Checkpoint | None:

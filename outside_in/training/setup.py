@@ -1,8 +1,10 @@
 """How a run starts or resumes: plan, tokens, model and optimizer."""
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +21,7 @@ from outside_in.data.tokenizer import Tokenizer
 from outside_in.diagnostics.preflight import check_fits
 from outside_in.inference.load import find_initial_weights
 from outside_in.optimizer import make_optimizer
+from outside_in.overrides import as_arguments, as_trained
 from outside_in.runtime import processes
 from outside_in.runtime.cli import DONE
 from outside_in.runtime.log import log
@@ -40,14 +43,21 @@ class Plan:
     run: RunDirectory
     model_config: ModelConfig
     config: TrainConfig  # with as many microbatches as the mesh takes
-    config_as_written: TrainConfig  # in train.json
+    config_as_written: TrainConfig  # in train.json and on the command line
+    overrides: dict[str, Any]  # of the command line
     mesh: Mesh
     total_steps: int
     grown: tuple[int, ...] = ()  # steps at which the first epoch was made longer
     spare: int = 0  # sequences beside those of an epoch's whole steps
 
 
-def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, checkpoint: Checkpoint | None) -> Plan:
+def plan_run(
+    run: RunDirectory,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    overrides: dict[str, Any],
+) -> Plan:
     """Return a run's plan. A run keeps the sequences per global step with which it started, on any devices."""
     mesh = make_mesh(config.mesh)
     devices = devices_at_start(config, checkpoint.meta) if checkpoint else mesh.devices.size
@@ -59,7 +69,7 @@ def plan_run(run: RunDirectory, model_config: ModelConfig, config: TrainConfig, 
     spare = spare_sequences(model_config, config, steps, devices)
     if checkpoint and grown == tuple(checkpoint.meta.get("grown", ())):  # as long as it was: then as it was
         spare = resume_checks.num_spare(checkpoint.meta, steps * sequences, length)
-    return Plan(run, model_config, adapted, config, mesh, total, grown, spare)
+    return Plan(run, model_config, adapted, config, overrides, mesh, total, grown, spare)
 
 
 def describe_progress(run: RunDirectory) -> str:
@@ -69,11 +79,13 @@ def describe_progress(run: RunDirectory) -> str:
     if not checkpoints:
         total_steps(model_config, config)  # raises when something is wrong
         return "new"
-    total = total_steps(model_config, config, devices_at_start(config, checkpoints[-1].meta))
-    step = checkpoints[-1].global_step
+    step, meta = checkpoints[-1].global_step, checkpoints[-1].meta
+    config = as_trained(run, config, meta)
+    total = total_steps(model_config, config, devices_at_start(config, meta))
+    with_overrides = f", with {shlex.join(as_arguments(meta['overrides']))}" if meta.get("overrides") else ""
     if step == total:
-        return "finished"
-    return f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
+        return "finished" + with_overrides
+    return f"at step {step:,}" + (f" of {total:,}" if total else "") + with_overrides
 
 
 def list_runs(folder: Path) -> int:
@@ -132,7 +144,7 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         train_stream=train_stream,
         val_stream=val_stream,
         snapshot=resume_checks.snapshot(plan.model_config, plan.config_as_written, fingerprints, tokenizer)
-        | {"grown": list(plan.grown)},
+        | {"grown": list(plan.grown), "overrides": plan.overrides},
         tokenizer=tokenizer,
         bytes_per_token=bytes_per_token(tokenizer, val_stream or train_stream),
         reference_losses=reference_losses(plan.model_config, train_stream, val_stream),

@@ -144,6 +144,9 @@ def test_the_program_goes_on_when_its_reader_leaves():
     "arguments",
     [
         "train --help",
+        "train --help-keys",
+        "train runs/quickstart model.n_layers=6",
+        "train --learning_rate=1",
         "train runs/nowhere",
         "train --check --debug-checks",
         "compare_runs runs/nowhere",
@@ -158,5 +161,6 @@ def test_help_and_usage_errors_do_not_wait_for_jax(arguments):
     code += f"\ntry: cli.run({name}.main, {name}.make_parser())"
     code += "\nfinally: print(*{'jax', 'flax', 'orbax', 'matplotlib', 'numpy'} & sys.modules.keys(), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    told = done.stdout.startswith("usage: ") if "--help" in rest else done.stderr.startswith("error: ")
+    helps = {"--help": "usage: ", "--help-keys": "key "}
+    told = done.stdout.startswith(helps[rest[0]]) if rest[0] in helps else done.stderr.startswith("error: ")
     assert told and done.stderr.splitlines()[-1] == "", done.stderr

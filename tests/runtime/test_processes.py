@@ -314,6 +314,13 @@ def test_mapped_tokens_are_those_of_the_file(token_folder):
         map_tokens(token_folder / "train.safetensors", 101, 1, 2000)
 
 
+def test_processes_with_other_overrides_are_told_which(monkeypatch):
+    monkeypatch.setattr(processes, "broadcast", lambda value: value | {"the command line": {"learning_rate": 0.1}})
+    message = "the command line: learning_rate is 0.2 in process 0, but 0.1 in process 0; all need the same files and"
+    with pytest.raises(ValueError, match=message):
+        processes.check_same({"the command line": {"learning_rate": 0.2}})
+
+
 def test_one_process_has_all_columns_and_agrees_with_itself():
     assert local_sequence_slice(one_device(), 3) is None
     assert processes.broadcast({"a": [1, None]}) == {"a": [1, None]}

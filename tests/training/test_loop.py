@@ -2,12 +2,15 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers import tiny_model_config
 
 from outside_in import train_step
 from outside_in.runtime import progress
+from outside_in.storage.run_directory import RunDirectory
 from outside_in.training import loop, run
 
 
@@ -64,3 +67,9 @@ def test_nothing_moves_between_host_and_device_unasked(train, make_run, monkeypa
         jax.config.update("jax_transfer_guard", "allow")
     assert finished.returncode == 0, finished.stderr
     assert calls == 12 * 4 // per_call
+
+
+def test_the_advice_after_rejections_has_the_overrides_of_the_run(tmp_path):
+    snapshot = {"overrides": {"sample_prompt": "a b", "epochs": 2}}
+    state = SimpleNamespace(run=RunDirectory(tmp_path), model_config=tiny_model_config(), snapshot=snapshot)
+    assert loop.way_back(state).endswith(f"start again: uv run train.py {tmp_path} 'sample_prompt=a b' epochs=2")

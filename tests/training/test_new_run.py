@@ -85,6 +85,7 @@ def test_keys_that_are_given_are_not_adapted(new, tmp_path):
         (["learning_rate=fast"], "learning_rate: expected a valid number"),
         (["learning_rate"], "learning_rate: expected KEY=VALUE"),
         (["=1"], "=1: expected KEY=VALUE"),
+        (["learning_rate=1", "learning_rate=2"], "learning_rate: expected once, got it twice"),
         (["dataset=nowhere"], "no folder 'nowhere'"),
         (["learning_rate=NaN"], "NaN"),
     ],
@@ -123,7 +124,3 @@ def test_what_exists_is_not_touched(new, tmp_path):
 @pytest.mark.parametrize("arguments", [["--new", "a"], ["--like", "a"], ["--new", "a", "--like", "nowhere"]])
 def test_a_new_run_needs_one_to_be_like(call_program, arguments):
     assert "expected" in complaint(call_program("train", *arguments))
-
-
-def test_changes_belong_to_new_runs(call_program, make_run):
-    assert "expected only with --new" in complaint(call_program("train", make_run(), "learning_rate=1"))

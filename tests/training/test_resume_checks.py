@@ -18,10 +18,14 @@ def saved():
     return json.loads(json.dumps(resume_checks.snapshot(tiny_model_config(), tiny_train_config(), DATA, gpt2())))
 
 
-def check(saved, model=None, train=None, *, accept=False):
+def check(saved, model=None, train=None, *, accept=False, overrides=()):
     with captured_log() as messages:
         resume_checks.check_configs(
-            saved, tiny_model_config(**model or {}), tiny_train_config(**train or {}), accept=accept
+            saved,
+            tiny_model_config(**model or {}),
+            tiny_train_config(**train or {}),
+            accept=accept,
+            overrides=dict(overrides),
         )
     return messages
 
@@ -90,6 +94,41 @@ def test_a_free_change_is_only_reported(saved):
     assert check(saved, train={"checkpoint_interval": 7}) == ["since the checkpoint: checkpoint_interval: 5 → 7"]
     [line] = check(saved, train={"mesh": {"data": 4}})
     assert line.endswith('→ {"data": 4, "fsdp": 1}')
+
+
+def test_an_override_is_accepted_for_its_own_key_alone(saved):
+    changes = {"learning_rate": 0.02, "drop_rate": 0.5}
+    with pytest.raises(ValueError, match=r"^drop_rate: 0.0 → 0.5: undo it, or resume with --accept-changes"):
+        check(saved, train=changes, overrides={"learning_rate": 0.02})
+    lines = check(saved, train=changes, overrides={"learning_rate": 0.02}, accept=True)
+    assert lines == [
+        "since the checkpoint: learning_rate: 0.01 → 0.02 (on the command line)",
+        "since the checkpoint: drop_rate: 0.0 → 0.5",
+    ]
+
+
+def test_no_override_accepts_a_fatal_change(saved):
+    with pytest.raises(ValueError, match=r"seed: 42 → 43.*: this cannot change within a run"):
+        check(saved, train={"seed": 43}, overrides={"seed": 43}, accept=True)
+
+
+def test_a_change_back_from_an_override_is_said_to_be_one(saved):
+    saved["train_config"] |= {"learning_rate": 0.02, "mesh": {"data": 1, "fsdp": 2}}
+    saved["overrides"] = {"learning_rate": 0.02, "mesh.fsdp": 2}
+    change = "learning_rate: 0.02 → 0.01 (the last start had learning_rate=0.02 on its command line)"
+    with pytest.raises(ValueError) as caught:
+        check(saved)
+    assert str(caught.value) == f"{change}: repeat learning_rate=0.02, or resume with --accept-changes"
+    lines = check(saved, accept=True)
+    assert lines[0] == f"since the checkpoint: {change}"
+    assert lines[1].endswith('"fsdp": 1} (the last start had mesh.fsdp=2 on its command line)')
+    with pytest.raises(ValueError, match=r"beta2.*undo it, or resume with --accept-changes"):
+        check(saved, train={"beta2": 0.5})
+
+
+def test_overrides_that_are_no_object_are_refused(saved):
+    with pytest.raises(ValueError, match=r"^meta.json: lacks a usable 'overrides'"):
+        resume_checks.check_form(saved | {"seconds_trained": 1.5, "overrides": [1]}, Path("meta.json"))
 
 
 def test_another_version_is_reported(saved):
