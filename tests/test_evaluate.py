@@ -13,6 +13,7 @@ from test_smoke_scripts import save_model
 
 from outside_in.data.tokenizer import gpt2
 from outside_in.inference.evaluation import completion_losses, num_windows, standard_error, windowed_losses
+from outside_in.inference.held_out import dataset_of
 from outside_in.inference.hellaswag import Question, answer, read_questions
 from outside_in.inference.load import load_saved_model
 from outside_in.weights import host_arrays, save_weights
@@ -129,6 +130,16 @@ def test_a_run_is_judged_by_its_best_checkpoint_on_its_own_dataset(call_program,
         finished = call_program("evaluate", path)
         assert finished.returncode == 0, finished.stderr
         assert "validation: 199 tokens from 0 on" in finished.stdout
+
+
+def test_the_dataset_of_a_run_is_the_one_that_it_was_trained_on(make_run):
+    run = make_run()
+    own = json.loads((run / "train.json").read_text())["dataset"]
+    assert dataset_of(run) == own
+    checkpoint = run / "checkpoints" / "20261121T093000Z-iteration-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text(json.dumps({"overrides": {"dataset": "elsewhere", "epochs": 2}}))
+    assert dataset_of(run) == dataset_of(checkpoint) == "elsewhere"
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(call_program, tmp_path):

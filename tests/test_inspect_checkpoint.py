@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import jax.numpy as jnp
@@ -46,6 +47,17 @@ def test_two_side_by_side_show_what_moved(inspect, run):
     first, second = (checkpoint.path for checkpoint in find_checkpoints(run / "checkpoints"))
     changes = {name: row[-1] for name, row in list(rows(inspect(first, second)).items())[2:]}
     assert {name: change for name, change in changes.items() if change != "0"} == {"output_norm.scale": "1"}
+
+
+def test_the_overrides_of_a_checkpoint_are_shown(inspect, run):
+    newest = find_checkpoints(run / "checkpoints")[-1].path
+    assert inspect(newest).stdout.splitlines()[0] == str(newest / MODEL_FILE)
+    meta = json.loads((newest / "meta.json").read_text()) | {
+        "overrides": {"learning_rate": 0.1, "sample_prompt": "a b"}
+    }
+    save(newest.parent, copy_to_host(model := tiny_model(), make_optimizer(model, tiny_train_config(), 10)), meta, "{}")
+    shown = inspect(find_checkpoints(run / "checkpoints")[-1].path).stdout.splitlines()[0]
+    assert shown.endswith(f"{MODEL_FILE}, trained with learning_rate=0.1 'sample_prompt=a b'")
 
 
 def test_what_is_not_finite_is_counted_not_refused(inspect, tmp_path):

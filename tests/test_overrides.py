@@ -19,7 +19,7 @@ OTHERS = [key for key in TrainConfig.leaves() if key not in FATAL]
 VALUES = {  # of every key that may change at a start, one that is not the tiny run's
     **{"dataset": "elsewhere", "min_train_tokens": -1, "learning_rate": 1e-3, "initial_weights": "a.safetensors"},
     **{"sample_prompt": "x = 1, y", "precision": "bfloat16", "weight_decay_on": "matrices", "remat": "blocks"},
-    **{"mesh.data": -1, "mesh.fsdp": 2, "clipping_max_norm": None, "checkpoint_first_step": True},
+    **{"log_to": ["wandb"], "mesh.data": -1, "mesh.fsdp": 2, "clipping_max_norm": None, "checkpoint_first_step": True},
 }
 
 
@@ -203,5 +203,6 @@ def test_the_table_of_keys_has_every_key_with_type_default_limits_class_and_mean
         "seed fatal 42 integer >= 0, < 2,147,483,648 ",
         "shuffle fatal true true | false ",
         "dataset free required text (not empty) ",
+        'log_to free [] list of "tensorboard" | "trackio" | "wandb" ',
     ):
         assert f" {entry}" in text

@@ -104,7 +104,9 @@ def read(run: RunDirectory) -> RunResult | None:
     model_config, config = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
     records = metrics.load(run.metrics)
     meta = newest_meta(run)
-    return RunResult(run, model_config, as_trained(run, config, meta), records, meta) if records else None
+    with contextlib.suppress(ValueError):  # a damaged checkpoint's
+        config = as_trained(run, config, meta)
+    return RunResult(run, model_config, config, records, meta) if records else None
 
 
 def newest_meta(run: RunDirectory) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def _values(schema: dict[str, Any], given: dict[str, float]) -> str:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     if schema["type"] == "null":
         return "null"
+    if schema["type"] == "array":
+        return f"list of {_values(schema['items'], {})}"
     found = {shown: schema.get(name, given.get(of_pydantic)) for of_pydantic, (name, shown) in LIMITS.items()}
     limits = ", ".join(shown.format(_number(limit)) for shown, limit in found.items() if limit is not None)
     return f"{NAMES[schema['type']]} {limits}".rstrip()

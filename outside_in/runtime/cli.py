@@ -10,7 +10,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -35,6 +35,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class KeyArgumentParser(ArgumentParser):
     """Takes `KEY=VALUE` anywhere on the line, and says how to write a key that comes as an option."""
+
+    _arguments: Sequence[str] = ()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._arguments = sys.argv[1:] if args is None else list(args)

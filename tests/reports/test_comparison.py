@@ -112,7 +112,16 @@ def test_a_run_that_never_had_a_finite_loss_stands_in_the_table(trained, tmp_pat
     assert cells(lines[2])[:1] + cells(lines[2])[3:5] == ["lost", "–", "–"]
 
 
-@pytest.mark.parametrize("meta", ["[]", "{", '{"seconds_trained": null}', "{}"])
+def test_a_run_is_compared_as_it_was_trained_under_its_overrides(trained):
+    records = [*(record(step, 9.0) for step in range(1, 5)), record(5, 3.0), record(6, 2.0)]
+    run = trained("run", records, {"overrides": {"checkpoint_interval": 2, "dataset": "elsewhere"}})
+    assert read(run).average_loss == 2.5
+    assert read(run).place == ("elsewhere", 0, 64)
+
+
+@pytest.mark.parametrize(
+    "meta", ["[]", "{", '{"seconds_trained": null}', "{}", '{"overrides": 1}', '{"overrides": {"seed": "x"}}']
+)
 def test_a_damaged_checkpoint_does_not_keep_a_run_out_of_the_table(trained, tmp_path, meta):
     run = trained("run", [record(1, 4.0)], {})
     [path] = run.checkpoints.glob("*/meta.json")

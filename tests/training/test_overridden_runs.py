@@ -24,7 +24,7 @@ def newest(run):
     return find_checkpoints(run / "checkpoints")[-1].meta
 
 
-def test_overrides_are_recorded_and_hold_for_one_start_alone(train, make_run, call_program):
+def test_overrides_are_recorded_and_hold_for_one_start_alone(train, make_run, call_program, monkeypatch):
     run = make_run()
     files = {path: path.read_bytes() for path in run.iterdir()}
     first = train(run, "learning_rate=2e-3", "checkpoint_interval=4", "min_train_tokens=640")
@@ -37,6 +37,9 @@ def test_overrides_are_recorded_and_hold_for_one_start_alone(train, make_run, ca
     shown = "learning_rate=0.002 checkpoint_interval=4 min_train_tokens=640"
     assert f", trained with {shown}\n" in call_program("inspect_checkpoint", run).stdout
     assert {path: path.read_bytes() for path in files} == files
+
+    monkeypatch.setattr("train.RUNS", run.parent)
+    assert f"{run}  finished, with {shown}\n" in train().stdout
 
     plain = train(run)
     assert plain.returncode == 2
