@@ -82,6 +82,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.run}: expected after the run: uv run train.py runs/NAME {shlex.quote(str(args.run))}")
     if args.run is None and args.hash_parameters:  # which has taken the run's folder for its pattern
         raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
+    if "=" in (args.hash_parameters or ""):
+        raise ValueError(f"--hash-parameters {args.hash_parameters}: expected a pattern; write keys before the option")
     if args.distributed and (args.mode or args.debug_checks):
         raise ValueError(f"--{args.mode or 'debug-checks'}: runs in one process; leave out --distributed")
     manual = (args.coordinator, args.processes, args.process)

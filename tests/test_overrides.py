@@ -146,6 +146,11 @@ def test_a_key_with_dashes_is_told_how_it_is_written(train, make_run, arguments,
     assert complaint(train(make_run(), *arguments)) == f"error: {line}; see {Path(sys.argv[0]).name} --help"
 
 
+def test_a_key_is_not_taken_for_the_pattern_of_parameters(train, make_run):
+    told = complaint(train(make_run(), "--hash-parameters", "seed=1"))
+    assert told == "error: --hash-parameters seed=1: expected a pattern; write keys before the option"
+
+
 def test_keys_come_after_the_run(train):
     line = "error: learning_rate=1: expected after the run: uv run train.py runs/NAME learning_rate=1"
     assert complaint(train("learning_rate=1", "runs/a")) == line
