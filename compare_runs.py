@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from outside_in.reports.charts import COMPARISON, X_LABELS
+from outside_in.reports.labels import COMPARISON, X_LABELS
 from outside_in.runtime import cli
 from outside_in.storage.run_directory import find_runs
 

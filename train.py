@@ -166,8 +166,8 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
             return code
         failed |= code != cli.DONE
     if any(run.metrics.exists() for run in runs) and not args.mode and log.isEnabledFor(logging.INFO):
-        from outside_in.reports.charts import COMPARISON
         from outside_in.reports.comparison import compare
+        from outside_in.reports.labels import COMPARISON
 
         print(*compare(runs, "tokens", args.run / COMPARISON), sep="\n")
     return cli.FAILED if failed else cli.DONE

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, captured_log, complaint, final_state, run_program
+from helpers import ROOT, assert_same, captured_log, complaint, final_state, on_step, run_program, send
 from safetensors.numpy import load_file, save_file
 
 from checkpointing import HostCopy, find_checkpoints, prune, save
@@ -82,13 +83,33 @@ def test_a_copied_run_is_finished_and_its_links_are_links_again(call_program, co
     assert len(find_checkpoints(copied / "checkpoints")) <= 3
 
 
+@pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy.__name__)
+def test_a_copied_run_that_was_stopped_is_resumed_and_pruned(call_program, new_run, tmp_path, monkeypatch, copy):
+    run, alone = (new_run(keep_checkpoints=1, checkpoint_interval=4) for _ in range(2))
+    with monkeypatch.context() as patched:
+        on_step(patched, "training step", 7, lambda: send(signal.SIGTERM))
+        assert call_program("train", run).returncode == 143
+    copy(run, tmp_path / "copy")
+    assert call_program("train", tmp_path / "copy").returncode == call_program("train", alone).returncode == 0
+    assert_same(final_state(tmp_path / "copy"), final_state(alone))
+    assert len(find_checkpoints(tmp_path / "copy" / "checkpoints")) <= 2
+
+
+def test_a_read_only_folder_of_checkpoints_is_told_at_the_start(call_program, trained, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != trained / "checkpoints" and access(path, mode))
+    told = complaint(call_program("train", trained))
+    assert told == f"error: {trained / 'checkpoints'}: cannot write here; make the folder writable"
+
+
 def test_a_copied_run_is_judged_shown_and_compared(call_program, trained, copied):
     best = find_best(find_checkpoints(trained / "checkpoints"))
     assert find_weights(copied).parent.name == best.path.name
     assert find_weights(copied / "checkpoints" / "best").stat().st_size > 0
     assert call_program("inspect_checkpoint", copied).returncode == 0
     assert call_program("evaluate", copied).returncode == 0
-    assert "run" in call_program("compare_runs", trained, copied).stdout
+    assert "run" in call_program("compare_runs", trained, copied, "--output", copied / "c.png").stdout
+    assert call_program("convert_gpt2", "export", copied, copied.parent / "out").returncode == 0
 
 
 @pytest.mark.parametrize("which", ["best", "latest"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from outside_in.reports.labels import X_LABELS
 from outside_in.reports.series import Series, period_means, thinned
 from outside_in.storage import atomic
 from outside_in.storage.records import Records
@@ -25,12 +26,6 @@ MAX_DOTS = 200  # of validation; more of them hide what is behind
 FEW_POINTS = 30  # up to which each has a marker
 SMOOTH_POINTS = 60  # of each run's training loss where runs are compared
 MARKERS = "o^sDvP*"  # of runs that share a color
-COMPARISON = "comparison.png"  # unless another name is asked for
-X_LABELS = {  # where runs are compared
-    "tokens": "training tokens",
-    "steps": "global step",
-    "seconds": "seconds of training steps, compiling included",
-}
 
 
 class Curve(NamedTuple):

@@ -18,7 +18,8 @@ from outside_in.config_files import load_config
 from outside_in.data.hub import HUB
 from outside_in.overrides import as_trained
 from outside_in.reports import markdown
-from outside_in.reports.charts import X_LABELS, Curve, draw_comparison, over_steps
+from outside_in.reports.charts import Curve, draw_comparison, over_steps
+from outside_in.reports.labels import X_LABELS
 from outside_in.reports.series import Series
 from outside_in.storage import metrics
 from outside_in.storage.records import Records

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-REPEAT_SECONDS = 0.5  # `uv run` passes a signal on that its whole process group gets: the same one comes twice
+REPEAT_SECONDS = 1.0  # `uv run` passes a signal on that its whole process group gets: the same one comes twice
 
 
 class StopRequest:

@@ -82,6 +82,8 @@ class RunDirectory:
         holds it, or when the folder is read-only.
         """
         lock_file = self.path / ".lock"
+        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK | os.X_OK):
+            raise ValueError(f"{self.checkpoints}: cannot write here; make the folder writable")
         try:
             descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:

@@ -3,7 +3,8 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from outside_in.reports.comparison import X_LABELS, compare, labels, not_comparable, read
+from outside_in.reports.comparison import compare, labels, not_comparable, read
+from outside_in.reports.labels import X_LABELS
 from outside_in.storage import metrics
 from outside_in.storage.run_directory import RunDirectory
 

@@ -202,7 +202,7 @@ def test_a_reader_never_sees_a_torn_state_while_the_run_is_trained(train, make_r
         while not ended.is_set():
             trained = comparison.read(RunDirectory(run))
             if trained:
-                assert [r["global_step"] for r in trained.records] == list(range(1, len(trained.records) + 1))
+                assert trained.records.column("global_step").tolist() == list(range(1, len(trained.records) + 1))
                 seen.append(len(trained.records))
             for chart in run.glob("*.png"):
                 image = chart.read_bytes()
