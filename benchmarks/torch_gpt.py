@@ -141,7 +141,8 @@ class PyTorch:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=train.learning_rate,
-            betas=(0.9, train.beta2),
+            betas=(train.beta1, train.beta2),
+            eps=train.epsilon,
             weight_decay=train.weight_decay,
             fused=True,
         )

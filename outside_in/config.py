@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
-from outside_in.config_files import Config, Count, Float32, MaxNorm, key
+from outside_in.config_files import MIN_FLOAT32, Config, Count, Float32, MaxNorm, key
 from outside_in.storage.text import counted
 
 
@@ -120,11 +120,26 @@ class TrainConfig(Config):
     weight_decay_on: Literal["all", "matrices"] = key(
         "announced", "what decays: all, or matrices, so not biases, norms and other vectors", "all"
     )
+    beta1: Float32 = key("announced", "AdamW's memory of gradients: about 1 / (1 - beta1) steps", 0.9, ge=0, lt=1)
     beta2: Float32 = key(
         "announced", "AdamW's memory of squared gradients: about 1 / (1 - beta2) steps", 0.999, ge=0, lt=1
     )
+    epsilon: Float32 = key("announced", "what AdamW adds to the divisor of an update", 1e-8, ge=MIN_FLOAT32)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = key(
+        "announced", "the learning rate after the warmup; wsd: constant, then linear decay at the end", "cosine"
+    )
     warmup_period_percent: float = key(
         "announced", "share of the run in which the learning rate rises", 5.0, ge=0, lt=100
+    )
+    warmup_tokens: Count | None = key(
+        "announced",
+        "tokens in which it rises, rounded up to whole global steps; null: warmup_period_percent",
+        None,
+        ge=0,
+    )
+    decay_percent: float = key("announced", "share of the run in which wsd decays", 20.0, gt=0, le=100)
+    final_learning_rate_percent: float = key(
+        "announced", "share of learning_rate to which cosine, linear and wsd decay", 10.0, ge=0, le=100
     )
     clipping_max_norm: MaxNorm | None = key(
         "announced", "limit for the norm of all gradients together; null: no clipping", 3.5, gt=0
@@ -164,6 +179,29 @@ class TrainConfig(Config):
             raise ValueError(
                 f"microbatches_per_call={per_call} does not divide gradient_accumulation_steps={steps}; "
                 f"use one of {divisors}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_schedule_uses_what_is_set(self) -> Self:
+        def is_set(name: str) -> bool:
+            return getattr(self, name) != type(self).model_fields[name].default
+
+        warmup, decay = self.warmup_period_percent, self.decay_percent
+        if self.warmup_tokens is not None and is_set("warmup_period_percent"):
+            raise ValueError(
+                f"warmup_tokens={self.warmup_tokens} and warmup_period_percent={warmup:g} contradict each other; "
+                "remove one"
+            )
+        if self.schedule != "wsd" and is_set("decay_percent"):
+            raise ValueError(f'schedule="{self.schedule}" has no decay_percent; remove it, or use schedule "wsd"')
+        if self.schedule == "constant" and is_set("final_learning_rate_percent"):
+            raise ValueError(
+                'schedule="constant" has no final_learning_rate_percent; remove it, or use another schedule'
+            )
+        if self.schedule == "wsd" and self.warmup_tokens is None and warmup + decay > 100:
+            raise ValueError(
+                f"warmup_period_percent={warmup:g} and decay_percent={decay:g} are more than 100 together; lower one"
             )
         return self
 

@@ -21,9 +21,18 @@ import optax
 from flax import nnx
 
 from outside_in.config import TrainConfig
+from outside_in.storage.text import counted
 
 MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
-START_FACTOR, END_FACTOR = 1e-5, 0.1  # of the peak learning rate
+START_FACTOR = 1e-5  # of the peak learning rate
+SCHEDULE_KEYS = (  # of train.json, beside those that set the run's length
+    "learning_rate",
+    "schedule",
+    "warmup_period_percent",
+    "warmup_tokens",
+    "decay_percent",
+    "final_learning_rate_percent",
+)
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 NEVER = jnp.iinfo(jnp.int32).max  # rejections in a row after which optax would accept: it counts no further
 
@@ -32,30 +41,65 @@ class NormState(NamedTuple):
     gradient_norm: jax.Array  # float32, of the last update, before clipping
 
 
-def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Return the schedule: linear warmup, then cosine decay to a tenth.
+def schedule_steps(config: TrainConfig, total_steps: int, tokens_per_step: int | None = None) -> tuple[int, int]:
+    """Return how many steps the warmup and the decay of the learning rate take.
 
-    The warmup takes `warmup_period_percent` of the run.
+    Only `warmup_tokens` needs `tokens_per_step`. Raises ValueError when the run is too short for both.
     """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=START_FACTOR * config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=int(total_steps * config.warmup_period_percent / 100),
-        decay_steps=total_steps,
-        end_value=END_FACTOR * config.learning_rate,
-    )
+    if config.warmup_tokens is None:
+        warmup = int(total_steps * config.warmup_period_percent / 100)
+    else:
+        assert tokens_per_step, "warmup_tokens needs the tokens of a global step"
+        warmup = -(-config.warmup_tokens // tokens_per_step)
+    rest = total_steps - warmup
+    decay = {"constant": 0, "wsd": int(total_steps * config.decay_percent / 100)}.get(config.schedule, rest)
+    if rest < max(decay, 1):
+        raise ValueError(
+            f"train.json: a run of {counted(total_steps, 'step')} is too short for a warmup of {warmup:,}"
+            + (f" and a decay of {decay:,}" if config.schedule == "wsd" else "")
+            + "; use fewer warmup_tokens, or a longer run"
+        )
+    return warmup, decay
 
 
-def make_optimizer(model: nnx.Module, config: TrainConfig, total_steps: int) -> nnx.Optimizer:
+def learning_rate_schedule(config: TrainConfig, total_steps: int, tokens_per_step: int | None = None) -> optax.Schedule:
+    """Return the learning rate by the number of global steps before.
+
+    All schedules begin with a linear warmup. "cosine" and "linear" decay over the rest of the run, "constant" does not,
+    and "wsd" (warmup, stable, decay: https://arxiv.org/abs/2404.06395) decays linearly at the end.
+    """
+    warmup, decay = schedule_steps(config, total_steps, tokens_per_step)
+    peak = config.learning_rate
+    start, final = START_FACTOR * peak, final_learning_rate(config)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, total_steps, final)
+    parts = [
+        optax.linear_schedule(start, peak, warmup),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, final, decay),
+    ]
+    return optax.join_schedules(parts, [warmup, total_steps - decay])
+
+
+def final_learning_rate(config: TrainConfig) -> float:
+    """Return what the learning rate decays to."""
+    return config.final_learning_rate_percent / 100 * config.learning_rate
+
+
+def make_optimizer(
+    model: nnx.Module, config: TrainConfig, total_steps: int, tokens_per_step: int | None = None
+) -> nnx.Optimizer:
     """Build the optimizer of a run, over all parameters of the model."""
+    schedule = learning_rate_schedule(config, total_steps, tokens_per_step)
 
     def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
         clip = optax.clip_by_global_norm(_max_norm(config))
         mask = _are_matrices if config.weight_decay_on == "matrices" else None
-        adamw = optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay, mask=mask)
+        moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        adamw = optax.adamw(learning_rate, **moments, weight_decay=config.weight_decay, mask=mask)
         return optax.chain(measure_norm(), optax.apply_if_finite(optax.chain(clip, adamw), NEVER))
 
-    transformation = optax.inject_hyperparams(guarded_adamw)(learning_rate_schedule(config, total_steps))
+    transformation = optax.inject_hyperparams(guarded_adamw)(schedule)
     if config.microbatches_per_call is not None:  # also one call: the state is of one form on any number of devices
         transformation = accumulate_calls(transformation, config.calls_per_step)
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)

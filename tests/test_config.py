@@ -16,10 +16,10 @@ output_norm attention_output_bias tied_head
 """
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
-shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on beta2
-warmup_period_percent clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval
-checkpoint_first_step keep_checkpoints initial_weights
-max_consecutive_rejections sample_prompt log_to mesh
+shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on
+beta1 beta2 epsilon schedule warmup_period_percent warmup_tokens decay_percent final_learning_rate_percent
+clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval checkpoint_first_step
+keep_checkpoints initial_weights max_consecutive_rejections sample_prompt log_to mesh
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}
@@ -74,6 +74,9 @@ def test_every_key_says_what_its_change_means_on_resume(config_class):
         ("epochs", "announced"),
         ("seed", "fatal"),
         ("learning_rate", "announced"),
+        ("schedule", "announced"),
+        ("warmup_tokens", "announced"),
+        ("epsilon", "announced"),
         ("clipping_max_norm", "announced"),
         ("weight_decay_on", "announced"),
         ("checkpoint_interval", "free"),
@@ -248,6 +251,15 @@ def test_a_value_near_an_allowed_one_names_it(changes, end, complaint_about):
         (TrainConfig, "beta2", 1),
         (TrainConfig, "warmup_period_percent", 100),
         (TrainConfig, "warmup_period_percent", -1),
+        (TrainConfig, "warmup_tokens", -1),
+        (TrainConfig, "decay_percent", 0),
+        (TrainConfig, "decay_percent", 101),
+        (TrainConfig, "final_learning_rate_percent", -1),
+        (TrainConfig, "final_learning_rate_percent", 101),
+        (TrainConfig, "beta1", -0.1),
+        (TrainConfig, "beta1", 1),
+        (TrainConfig, "epsilon", 0),
+        (TrainConfig, "epsilon", 1e-40),
         (TrainConfig, "clipping_max_norm", 0),
         (TrainConfig, "drop_rate", 1),
         (TrainConfig, "drop_rate", -0.1),
@@ -282,6 +294,26 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         ),
         (TrainConfig, {"microbatches_per_call": 3}, "use one of 1, 2, 4"),
         (TrainConfig, {"mesh": {"data": 0}}, "data=0: expected -1"),
+        (
+            TrainConfig,
+            {"warmup_tokens": 1e3, "warmup_period_percent": 10},
+            "warmup_tokens=1000 and warmup_period_percent=10 contradict each other; remove one",
+        ),
+        (
+            TrainConfig,
+            {"decay_percent": 30},
+            'schedule="cosine" has no decay_percent; remove it, or use schedule "wsd"',
+        ),
+        (
+            TrainConfig,
+            {"schedule": "constant", "final_learning_rate_percent": 0},
+            'schedule="constant" has no final_learning_rate_percent; remove it, or use another schedule',
+        ),
+        (
+            TrainConfig,
+            {"schedule": "wsd", "decay_percent": 100},
+            "warmup_period_percent=5 and decay_percent=100 are more than 100 together; lower one",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused_with_a_remedy(config_class, changes, line, complaint_about):

@@ -44,6 +44,65 @@ def test_the_schedule_of_a_very_short_run_is_finite(total, percent):
     assert all(0 < schedule(step) <= 0.01 for step in range(total))
 
 
+def numpy_schedule(config, total, warmup):
+    """The learning rate of each step of a run, in float64, from the points that it passes through."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_percent / 100
+    steps = np.arange(total)
+    if config.schedule == "cosine":
+        after = final + (peak - final) * (1 + np.cos(np.pi * (steps - warmup) / (total - warmup))) / 2
+    else:
+        decay = {"linear": total - warmup, "constant": 0, "wsd": total * config.decay_percent // 100}[config.schedule]
+        after = np.interp(steps, [total - decay, total], [peak, final]) if decay else np.full(total, peak)
+    return np.where(steps < warmup, peak * (1e-5 + (1 - 1e-5) * steps / max(warmup, 1)), after)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize(
+    ("total", "warmup", "changes"),
+    [
+        (200, 10, {}),
+        (200, 0, {"warmup_period_percent": 0}),
+        (200, 90, {"warmup_period_percent": 45, "final_learning_rate_percent": 0}),
+        (200, 3, {"warmup_tokens": 2 * 128 + 1}),  # rounded up
+        (200, 199, {"warmup_tokens": 199 * 128, "decay_percent": 0.5}),
+        (200, 0, {"warmup_tokens": 0, "decay_percent": 100}),
+        (200, 20, {"warmup_period_percent": 10, "decay_percent": 90, "final_learning_rate_percent": 100}),
+        (1, 0, {}),
+        (2, 1, {"warmup_period_percent": 50, "decay_percent": 50}),
+    ],
+)
+def test_every_schedule_is_that_of_numpy(schedule, total, warmup, changes):
+    unused = {"wsd": set(), "constant": {"decay_percent", "final_learning_rate_percent"}}.get(
+        schedule, {"decay_percent"}
+    )
+    config = tiny_train_config(schedule=schedule, **{k: v for k, v in changes.items() if k not in unused})
+    rates = np.array([float(learning_rate_schedule(config, total, 128)(step)) for step in range(total)])
+    np.testing.assert_allclose(rates, numpy_schedule(config, total, warmup), rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("total", "changes", "said"),
+    [
+        (12, {"warmup_tokens": 12 * 128}, "a run of 12 steps is too short for a warmup of 12; use fewer warmup_tokens"),
+        (1, {"warmup_tokens": 1, "schedule": "constant"}, "a run of 1 step is too short for a warmup of 1;"),
+        (10, {"warmup_tokens": 7 * 128, "schedule": "wsd", "decay_percent": 40}, "a warmup of 7 and a decay of 4; use"),
+    ],
+)
+def test_a_warmup_that_does_not_fit_into_the_run_is_refused(total, changes, said):
+    with pytest.raises(ValueError, match=said):
+        learning_rate_schedule(tiny_train_config(**changes), total, 128)
+
+
+def test_the_state_of_the_optimizer_has_one_form_whatever_the_schedule():
+    """So that the schedule and its like may change on resume."""
+    changes = [{}, *({"schedule": name} for name in ("linear", "constant", "wsd")), {"beta1": 0.5, "epsilon": 1e-6}]
+    forms = [
+        [(path, leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(nnx.state(optimizer))]
+        for optimizer in (make_optimizer(Line(), tiny_train_config(**change), TOTAL_STEPS) for change in changes)
+    ]
+    assert all(form == forms[0] for form in forms)
+
+
 def numpy_adamw(gradients, config, max_norm):
     """Train the parameters of `Line` in float64; yield what each global step should leave behind.
 
@@ -58,8 +117,10 @@ def numpy_adamw(gradients, config, max_norm):
         if not is_rejected:
             accepted += 1
             gradient = gradient * min(1, max_norm / norm)
-            first, second = 0.9 * first + 0.1 * gradient, config.beta2 * second + (1 - config.beta2) * gradient**2
-            direction = (first / (1 - 0.9**accepted)) / (np.sqrt(second / (1 - config.beta2**accepted)) + 1e-8)
+            first = config.beta1 * first + (1 - config.beta1) * gradient
+            second = config.beta2 * second + (1 - config.beta2) * gradient**2
+            root = np.sqrt(second / (1 - config.beta2**accepted))
+            direction = first / (1 - config.beta1**accepted) / (root + config.epsilon)
             decay = config.weight_decay * decaying * parameters
             parameters = parameters - float(schedule(step)) * (direction + decay)
         yield parameters, float(schedule(step)), norm, is_rejected
@@ -96,7 +157,11 @@ def random_gradients(steps=6):
 @pytest.mark.parametrize("per_call", [None, 1, 2, 4])
 def test_updates_are_those_of_clipped_adamw_written_in_numpy(per_call, max_norm):
     both = {"clipping_max_norm": max_norm, "microbatches_per_call": per_call, "gradient_accumulation_steps": K}
-    for changes in (both | {"beta2": 0.9}, both | {"weight_decay": 0.5, "weight_decay_on": "matrices"}):
+    for changes in (
+        both | {"beta2": 0.9},
+        both | {"beta1": 0.6, "epsilon": 0.1},
+        both | {"weight_decay": 0.5, "weight_decay_on": "matrices"},
+    ):
         check_against_numpy(random_gradients(), tiny_train_config(**changes), max_norm or np.inf)
 
 

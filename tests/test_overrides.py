@@ -19,6 +19,7 @@ OTHERS = [key for key in TrainConfig.leaves() if key not in FATAL]
 VALUES = {  # of every key that may change at a start, one that is not the tiny run's
     **{"dataset": "elsewhere", "min_train_tokens": -1, "learning_rate": 1e-3, "initial_weights": "a.safetensors"},
     **{"sample_prompt": "x = 1, y", "precision": "bfloat16", "weight_decay_on": "matrices", "remat": "blocks"},
+    **{"schedule": "linear"},
     **{"log_to": ["wandb"], "mesh.data": -1, "mesh.fsdp": 2, "clipping_max_norm": None, "checkpoint_first_step": True},
 }
 
@@ -92,7 +93,8 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_default(
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_key_that_may_change_within_a_run_may_change_at_a_start(make_run, key):
     value = VALUES.get(key, 7 if TrainConfig.leaves()[key].annotation is not float else 0.125)
-    _, config, _ = overrides.load_run(RunDirectory(make_run()), overrides.as_arguments({key: value}))
+    run = RunDirectory(make_run(train={"schedule": "wsd"}))  # which uses every key of schedules
+    _, config, _ = overrides.load_run(run, overrides.as_arguments({key: value}))
     assert overrides.in_effect([key], config) == {key: value}
     assert json.loads(json.dumps(overrides.in_effect([key], config))) == {key: value}
 

@@ -116,7 +116,7 @@ def compile_for_shapes(model_config: ModelConfig, config: TrainConfig) -> Compil
         model = create_model(
             model_config, 0, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
         )
-        return model, make_optimizer(model, config, total_steps=1)
+        return model, make_optimizer(model, config.model_copy(update={"warmup_tokens": None}), total_steps=1)
 
     mesh = make_mesh(config.mesh)
     model, optimizer = nnx.eval_shape(build)

@@ -37,12 +37,12 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
     """Train a fresh model on the run's first microbatch, without dropout.
 
     Yields the loss before each update. Ends when the loss is below `TARGET` or not finite, or after `MAX_STEPS`, over
-    which the learning rate takes its usual course. Nothing is written.
+    which the learning rate takes its usual course, but for `warmup_tokens`. Nothing is written.
     """
     changes = {"drop_rate": 0.0, "val_tokens": 0}
     folder = dataset_folder(config.dataset, fetch=True)
     stream, _ = open_streams(folder, model_config, config.model_copy(update=changes), steps_per_epoch)
-    changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None}
+    changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None, "warmup_tokens": None}
     config = config.model_copy(update=changes)
     model = create_model(
         model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat

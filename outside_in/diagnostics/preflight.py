@@ -34,7 +34,7 @@ from outside_in.data.token_files import TRAIN
 from outside_in.data.tokenizer import assumed
 from outside_in.inference.load import find_initial_weights
 from outside_in.loss import chunk_size
-from outside_in.optimizer import MATRIX_NDIM
+from outside_in.optimizer import MATRIX_NDIM, final_learning_rate, schedule_steps
 from outside_in.reports.flops import FORMULA, flops_per_token
 from outside_in.runtime import target
 from outside_in.runtime.devices import bytes_available, initialize_devices
@@ -127,6 +127,7 @@ def describe(
             f"run     {counted(steps * train.epochs, 'step')}, {tokens:,} tokens ({counted(train.epochs, 'epoch')} of "
             f"{train.dataset}){ratio if train.objective == 'next-token' else ''}"
         )
+        lines.append(_learning_rate(train, steps * train.epochs, tokens_per_step))
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
     lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")
@@ -140,6 +141,19 @@ def describe(
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
     lines.append(_disk(run, train, parameters))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
+
+
+def _learning_rate(train: TrainConfig, total_steps: int, tokens_per_step: int) -> str:
+    """Return the corner points of the learning rate's schedule."""
+    warmup, decay = schedule_steps(train, total_steps, tokens_per_step)
+    peak = train.learning_rate
+    parts = [f"0 → {peak:g} in {counted(warmup, 'step')}" if warmup else f"{peak:g} from the first step"]
+    if warmup + decay < total_steps:
+        parts.append(f"constant to step {total_steps - decay:,}")
+    if decay:
+        shape = "cosine" if train.schedule == "cosine" else "linear"
+        parts.append(f"{shape} to {final_learning_rate(train):g} at step {total_steps:,}")
+    return f"rate    learning rate {', '.join(parts)}"
 
 
 def _tokenizer(model: ModelConfig, train: TrainConfig, data: KnownData) -> str:

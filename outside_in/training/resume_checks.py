@@ -17,7 +17,7 @@ from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import Config, OnResume
 from outside_in.data.hub import HUB
 from outside_in.data.tokenizer import Tokenizer
-from outside_in.optimizer import learning_rate_schedule
+from outside_in.optimizer import SCHEDULE_KEYS, learning_rate_schedule
 from outside_in.overrides import as_arguments, top_key
 from outside_in.runtime.log import log
 from outside_in.storage.checkpoint_folder import Checkpoint
@@ -118,9 +118,10 @@ def num_spare(meta: dict[str, Any], num_sequences: int, length: int) -> int:
 def check_length(
     checkpoint: Checkpoint | None, total: int, tokens_per_step: int, config: TrainConfig
 ) -> tuple[int, ...]:
-    """Return the steps at which the first epoch was made longer, and log what a new length does.
+    """Return the steps at which the first epoch was made longer.
 
-    Raises ValueError when a run cannot have the new length.
+    Logs what a new length or schedule does to the learning rate. Raises ValueError when a run cannot have the new
+    length.
     """
     count = num_train_tokens(checkpoint.meta) if checkpoint else None
     if checkpoint is None or count is None:
@@ -140,12 +141,17 @@ def check_length(
                 "one can get longer ones; change epochs instead, or start a new run"
             )
         grown = (*grown, old_steps)
-    if total != old_total:
-        old, new = (np.asarray(learning_rate_schedule(config, n)(step)).item() for n in (old_total, total))
-        log.info(
-            f"the run has {total:,} steps now, not {old_total:,}; by its schedule, the learning rate after step "
-            f"{step:,} is {new:.3g} now, not {old:.3g}"
+    saved = checkpoint.meta["train_config"]
+    old_config = config.model_copy(update={name: saved.get(name, config.before(name)) for name in SCHEDULE_KEYS})
+    if total != old_total or config != old_config:
+        schedules = (
+            learning_rate_schedule(old_config, old_total, tokens_per_step),
+            learning_rate_schedule(config, total, tokens_per_step),
         )
+        old, new = (f"{np.asarray(schedule(step)).item():.3g}" for schedule in schedules)
+        length = f"the run has {total:,} steps now, not {old_total:,}; " if total != old_total else ""
+        change = "as before" if new == old else f"not {old}"
+        log.info(f"{length}by its schedule, the learning rate after step {step:,} is {new} now, {change}")
     return grown
 
 

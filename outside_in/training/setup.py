@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 import checkpointing
 from checkpointing import Checkpoint
 from model import create_model
-from outside_in.config import ModelConfig, TrainConfig, devices_at_start, with_sequences_per_step
+from outside_in.config import (
+    ModelConfig,
+    TrainConfig,
+    devices_at_start,
+    tokens_per_global_step,
+    with_sequences_per_step,
+)
 from outside_in.config_files import load_config
 from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
 from outside_in.data.run_length import find_data_tokenizer, spare_sequences, total_steps, whole_steps
@@ -131,7 +137,8 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
         plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
     )
     place(model, mesh)
-    optimizer = make_optimizer(model, config, plan.total_steps)
+    tokens_per_step = tokens_per_global_step(plan.model_config, config, mesh.devices.size)
+    optimizer = make_optimizer(model, config, plan.total_steps, tokens_per_step)
     place(optimizer, mesh)
     return TrainState(
         run=plan.run,

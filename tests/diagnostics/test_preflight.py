@@ -64,6 +64,30 @@ def test_it_says_how_many_parameters_decay(run, decay_on, decaying):
     assert line == f"decay   0.01 on {decaying:,} of 163,009,536 parameters"
 
 
+@pytest.mark.parametrize(
+    ("changes", "corners"),
+    [
+        ({}, "0 → 0.0006 in 100 steps, cosine to 6e-05 at step 2,000"),
+        ({"schedule": "linear"}, "0 → 0.0006 in 100 steps, linear to 6e-05 at step 2,000"),
+        ({"schedule": "constant"}, "0 → 0.0006 in 100 steps, constant to step 2,000"),
+        ({"schedule": "wsd"}, "0 → 0.0006 in 100 steps, constant to step 1,600, linear to 6e-05 at step 2,000"),
+        (
+            {"schedule": "wsd", "warmup_period_percent": 0, "decay_percent": 100, "final_learning_rate_percent": 0},
+            "0.0006 from the first step, linear to 0 at step 2,000",
+        ),
+        ({"warmup_tokens": 1}, "0 → 0.0006 in 1 step, cosine to 6e-05 at step 2,000"),
+    ],
+)
+def test_the_corner_points_of_the_learning_rate_are_told(run, changes, corners):
+    config = reference_train(learning_rate=6e-4, min_train_tokens=2_000 * 98_304, **changes)
+    assert line_of("rate", describe(run, SHELL, config)) == f"rate    learning rate {corners}"
+
+
+def test_a_warmup_longer_than_the_run_is_refused(run):
+    with pytest.raises(ValueError, match="a run of 10 steps is too short for a warmup of 11"):
+        describe(run, SHELL, reference_train(min_train_tokens=10 * 98_304, warmup_tokens=10 * 98_304 + 1))
+
+
 def test_epochs_multiply_steps_and_tokens(run):
     lines = describe(run, SHELL, reference_train(epochs=2))
     assert "66,330 steps, 6,520,504,320 tokens" in line_of("run", lines)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from helpers import captured_log, tiny_model_config, tiny_train_config
 
+from checkpointing import find_checkpoints
 from outside_in.data.tokenizer import gpt2
+from outside_in.storage import metrics
 from outside_in.training import resume_checks
 
 DATA = {"train": "2000 tokens, sha256 aa", "validation": "200 tokens, sha256 bb"}
@@ -179,3 +181,28 @@ def test_other_tokens_are_told_with_both_revisions_of_a_hub_dataset(saved):
     saved["data"]["revision"] = "aaa"
     with pytest.raises(ValueError, match=r"revisions of the Hub dataset: aaa → bbb"):
         resume_checks.check_data(saved, DATA | {"train": "1 token", "revision": "bbb"}, accept=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schedule": "constant"}, "after step 5 is 0.01 now, not 0.00666"),
+        ({"schedule": "wsd", "warmup_tokens": 256, "decay_percent": 80}, "after step 5 is 0.008 now, not 0.00666"),
+        ({"learning_rate": 0.02}, "after step 5 is 0.0133 now, not 0.00666"),
+        ({"beta1": 0.8}, None),
+    ],
+)
+def test_another_schedule_says_what_it_does_to_the_learning_rate(call_program, make_run, changes, said):
+    run = make_run()
+    call_program("train", run)
+    [checkpoint] = [c.path.name for c in find_checkpoints(run / "checkpoints") if c.global_step == 5]
+    config = json.loads((run / "train.json").read_text())
+    (run / "train.json").write_text(json.dumps(config | changes))
+    finished = call_program("train", run, "--from", checkpoint, "--accept-changes")
+    assert finished.returncode == 0, finished.stderr
+    told = [line for line in finished.stdout.splitlines() if "learning rate after" in line]
+    assert len(told) == bool(said) and all(f"by its schedule, the learning rate {said}" in line for line in told)
+    if said:
+        record = metrics.read(run / "metrics.jsonl")[5]
+        assert f"{record['learning_rate']:.3g}" == said.split()[4]
