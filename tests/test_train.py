@@ -1,6 +1,7 @@
 """`train.py` as its users meet it: in a process of its own, on a tiny run."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -60,9 +61,19 @@ def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
     best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
     assert (run / "checkpoints" / "best").resolve().name.endswith(f"iteration-{best['global_step']}")
     assert re.search(r"first loss \d\.\d{4}; a uniform guess over 101 tokens is 4\.6151", first.stdout)
-    [time_line] = re.findall(r"  time    (.*)", first.stdout)
+    [time_line] = re.findall(r"  time    \S+ since the start: (.*)", first.stdout)
     parts = {"starting", "compiling", "steps", "preparing data", "validation", "samples", "checkpoints"}
     assert set(re.findall(r"\d:\d\d:\d\d ([a-z ]+) \(", time_line)) == parts
+    for line in (
+        r"trained 1,536 tokens in 12 of 12 steps; \d:\d\d:\d\d in all",
+        r"speed   [\d,]+ tokens/s in steps alone; [\d,]+ tokens/s with all else",
+        rf"loss    training {np.mean([r['loss'] for r in records[10:]]):.4f} \(mean of 2 steps\); "
+        rf"validation {records[-1]['val_loss']:.4f} \(perplexity {math.exp(records[-1]['val_loss']):.4g}\)",
+        rf"best    step {best['global_step']}, validation loss {best['val_loss']:.4f}: {run}/checkpoints/",
+        rf"next    uv run test_generation.py {run} ",
+        rf"next    uv run evaluate.py {run} ",
+    ):
+        assert re.search(rf"  {line}", first.stdout), line
     before = (run / "metrics.jsonl").read_bytes()
     again = train(run)
     assert again.returncode == 0 and "finished: step 12 of 12" in again.stdout

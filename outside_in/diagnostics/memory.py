@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model import GPTModel, create_model
-from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
 from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.diagnostics.preflight import GIB
 from outside_in.optimizer import make_optimizer
@@ -19,6 +19,8 @@ from outside_in.runtime.log import log
 from outside_in.runtime.mesh import array_shardings, make_mesh
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.train_step import Compiled, compile_train_step
+
+MAX_DOUBLINGS = 6
 
 
 def check(step: Compiled, model_config: ModelConfig, config: TrainConfig) -> None:
@@ -39,8 +41,26 @@ def report(model_config: ModelConfig, config: TrainConfig) -> list[str]:
     found, needs = largest_microbatch(model_config, config)
     if found is None:
         raise ValueError("not even microbatch_size 1 fits: use a smaller model or a shorter context_length")
-    tried = [f"microbatch_size {size:,}: {gib(need)} of {gib(bytes_available())}" for size, need in needs.items()]
-    return [*tried, as_json(found)]
+    larger = found if found.gradient_accumulation_steps > 1 else larger_microbatch(model_config, found, needs)
+    tried = [f"microbatch_size {size:,}: {gib(needs[size])} of {gib(bytes_available())}" for size in sorted(needs)]
+    configs = [found] if larger == found else [found, larger]
+    devices = make_mesh(config.mesh).devices.size
+    sizes = [f"{tokens_per_global_step(model_config, x, devices):,} tokens a step: {as_json(x)}" for x in configs]
+    return [*tried, *sizes]
+
+
+def larger_microbatch(model_config: ModelConfig, config: TrainConfig, needs: dict[int, float]) -> TrainConfig:
+    """Double `microbatch_size`, and the tokens per global step with it, as long as it fits; at most 6 times.
+
+    `config` is one that fits. What each size needs is added to `needs`.
+    """
+    for _ in range(MAX_DOUBLINGS):
+        doubled = config.model_copy(update={"microbatch_size": 2 * config.microbatch_size})
+        needs[doubled.microbatch_size] = bytes_needed(model_config, doubled)
+        if needs[doubled.microbatch_size] > bytes_available():
+            break
+        config = doubled
+    return config
 
 
 def advice(model_config: ModelConfig, config: TrainConfig, message: str = "") -> str:

@@ -31,11 +31,13 @@ class TimeBudget:
             self.switch(before)
 
     def describe(self) -> str:
-        """Return one line, longest activity first."""
+        """Return one line, longest activity first, whose parts add up."""
         self.switch(self._what)
-        total = max(sum(self._seconds.values()), 1e-9)
-        shares = (
-            f"{timedelta(seconds=round(seconds))} {what} ({seconds / total:.1%})"
-            for what, seconds in sorted(self._seconds.items(), key=lambda item: -item[1])
-        )
-        return f"time    {', '.join(shares)}"
+        total = sum(self._seconds.values())
+        parts, so_far = [], 0.0
+        for what, seconds in sorted(self._seconds.items(), key=lambda item: -item[1]):
+            before, so_far = so_far, so_far + seconds
+            whole = round(so_far) - round(before)  # rounded where it begins and ends, so that nothing is lost
+            share = round(1000 * so_far / total) - round(1000 * before / total) if total else 0
+            parts.append(f"{timedelta(seconds=whole)} {what} ({share / 10:.1f}%)")
+        return f"time    {timedelta(seconds=round(total))} since the start: {', '.join(parts)}"

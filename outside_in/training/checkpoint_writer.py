@@ -28,6 +28,7 @@ from outside_in.storage import samples
 from outside_in.storage.checkpoint_folder import beats
 from outside_in.storage.metrics import finite
 from outside_in.storage.records import Records
+from outside_in.storage.text import counted
 from outside_in.train_step import Compiled
 from outside_in.training.state import TrainState
 from outside_in.weights import on_one_device
@@ -37,7 +38,6 @@ SAMPLING, SAMPLE_SEED = Sampling(temperature=0.7), 0
 PERMANENT_ERRNOS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}  # trying again will not help
 MAX_FAILURES = 3  # in a row, before training stops
 RETRY_SECONDS = 1.0  # seconds between attempts to save the last step, which has no next interval
-SHOWN_LOSSES = {"loss": "avg_train_loss", "lowest": "min_train_loss", "validation": "val_loss"}
 
 
 class CheckpointWriter:
@@ -203,6 +203,7 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
     meta = {
         "global_step": state.global_step,
         "learning_rate": last["learning_rate"],
+        "steps_averaged": len(losses),
         "min_train_loss": min(losses, default=None),
         "max_train_loss": max(losses, default=None),
         "avg_train_loss": statistics.fmean(losses) if losses else None,
@@ -262,8 +263,12 @@ def draw_charts(state: TrainState, records: Records) -> None:
 def log_checkpoint(
     meta: dict[str, Any], bytes_per_token: float | None, checkpoint: checkpointing.Checkpoint, seconds: float
 ) -> None:
-    losses = ", ".join(f"{name} {meta[key]:.4f}" for name, key in SHOWN_LOSSES.items() if meta[key] is not None)
-    if meta["val_loss"] is not None and bytes_per_token:
-        losses += f" ({meta['val_loss'] / math.log(2) / bytes_per_token:.3f} bits per byte)"
+    parts = []
+    if meta["avg_train_loss"] is not None:
+        of = f"mean of {counted(meta['steps_averaged'], 'step')}, lowest {meta['min_train_loss']:.4f}"
+        parts.append(f"training loss {meta['avg_train_loss']:.4f} ({of})")
+    if meta["val_loss"] is not None:
+        bits = f" ({meta['val_loss'] / math.log(2) / bytes_per_token:.3f} bits per byte)" if bytes_per_token else ""
+        parts.append(f"validation loss {meta['val_loss']:.4f}{bits}")
     best = ", the best so far" if meta["is_best"] else ""
-    log.info(f"step {meta['global_step']:,}: {losses}{best}; written in {seconds:.1f} s: {checkpoint.path}")
+    log.info(f"step {meta['global_step']:,}: {', '.join(parts)}{best}; written in {seconds:.1f} s: {checkpoint.path}")

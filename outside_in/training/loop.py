@@ -120,7 +120,7 @@ def finish_step(state: TrainState, started: StartedStep, bar: Progress) -> bool:
     speed = state.tokens_per_second
     share = mfu(speed / state.mesh.devices.size, state.model_config, device_kind(), state.config.precision)
     shown_share = f", MFU {share:.1%}" if share else ""
-    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{shown_share}", refresh=False)
+    bar.set_postfix_str(f"loss of this step {loss:.4f}, {speed:,.0f} tokens/s{shown_share}", refresh=False)
     bar.update()
     return record["consecutive_rejections"] >= state.config.max_consecutive_rejections
 

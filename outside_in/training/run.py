@@ -25,6 +25,7 @@ from outside_in.training.loop import train
 from outside_in.training.monitor import StepMonitor
 from outside_in.training.setup import Plan, build, plan_run, restore, start
 from outside_in.training.state import TrainState
+from outside_in.training.summary import describe_end
 
 
 def run_training(
@@ -111,15 +112,13 @@ def announce(plan: Plan) -> None:
 
 def report(state: TrainState, stop: StopRequest, resume_line: str) -> int:
     """Log how a run has ended and what to type next. Returns the exit code."""
-    log.info(state.time_budget.describe())
     step, total = state.global_step, state.total_steps
-    if step == total and not state.needs_validation:
-        share = state.seconds_paused / state.seconds
-        speed = step * state.tokens_per_step / state.seconds
-        log.info(
-            f"finished: {state.seconds:,.0f} s of training at {speed:,.0f} tokens/s, all included; "
-            f"{share:.1%} of the time waiting for validation and checkpoints"
-        )
+    is_finished = step == total and not state.needs_validation
+    if processes.is_main_process():
+        for line in describe_end(state, is_finished=is_finished):
+            log.info(line)
+    if is_finished:
+        log.info(f"finished: step {step:,} of {total:,}; charts are in {state.run.path}")
         return stop.exit_code if stop else DONE  # in a folder of runs the next one must not start
     where = f"and saved at step {step:,} of {total:,}" if step else "before the first step"
     log.info(f"stopped {where}; to resume, {resume_line}")

@@ -200,9 +200,10 @@ def test_jax_takes_the_share_of_the_memory_that_it_is_told(run, cpus_instead, mo
 def test_the_microbatch_is_found_for_the_card_s_memory(call_program, make_run, no_compiler, monkeypatch):
     run = make_run(model=MODEL, train=TRAIN | {"gradient_accumulation_steps": 16})
     arguments = ("train", run, "--find-microbatch", "--device", "l4")
-    assert call_program(*arguments).stdout.splitlines()[-2:] == [
+    assert call_program(*arguments).stdout.splitlines()[-3:] == [
         "microbatch_size 16: 16.00 GiB of 16.52 GiB",
-        '"microbatch_size": 16, "gradient_accumulation_steps": 2',
+        "microbatch_size 32: 32.00 GiB of 16.52 GiB",
+        '512 tokens a step: "microbatch_size": 16, "gradient_accumulation_steps": 2',
     ]
     monkeypatch.setitem(CARDS, "l4", CARDS["l4"]._replace(memory_bytes=1000))
     assert "not even microbatch_size 1 fits" in complaint(call_program(*arguments))

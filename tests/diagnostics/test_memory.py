@@ -108,9 +108,25 @@ def test_find_microbatch_prints_what_to_write_and_leaves_the_run_alone(call_prog
     before = {path.name for path in run.iterdir()}
     finished = call_program("train", run, "--find-microbatch")
     assert finished.returncode == 0
-    assert finished.stdout.splitlines()[-1] == '"microbatch_size": 4, "gradient_accumulation_steps": 4'
+    expected = '256 tokens a step: "microbatch_size": 4, "gradient_accumulation_steps": 4'
+    assert finished.stdout.splitlines()[-1] == expected
     assert re.search(r"^microbatch_size 16: \d+\.\d\d GiB of ", finished.stdout, re.M)
     assert {path.name for path in run.iterdir()} <= before | {".lock"}
+
+
+def test_larger_steps_are_tried_where_a_whole_step_fits(device_of, needs):
+    shape = SHAPE | {"microbatch_size": 64, "gradient_accumulation_steps": 1}
+    device_of(memory.bytes_needed(tiny_model_config(), tiny_train_config(**shape)))
+    lines = memory.report(tiny_model_config(), tiny_train_config(**SHAPE))
+    assert [line.partition(":")[0] for line in lines] == [
+        "microbatch_size 16",
+        "microbatch_size 32",
+        "microbatch_size 64",
+        "microbatch_size 128",
+        "256 tokens a step",
+        "1,024 tokens a step",
+    ]
+    assert lines[-1].endswith('"microbatch_size": 64, "gradient_accumulation_steps": 1')
 
 
 def test_a_run_that_fits_says_what_it_needs(call_program, make_run):

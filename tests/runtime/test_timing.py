@@ -1,5 +1,6 @@
 """Where the time went: every second is booked once."""
 
+import re
 import time
 
 import pytest
@@ -31,7 +32,7 @@ def test_every_second_is_booked_once_also_of_things_inside_each_other(wait):
         wait(3)
     wait(60)
     expected = "0:01:20 steps (80.0%), 0:00:14 validation (14.0%), 0:00:04 checkpoints (4.0%), 0:00:02 starting (2.0%)"
-    assert watch.describe() == watch.describe() == f"time    {expected}"
+    assert watch.describe() == watch.describe() == f"time    0:01:40 since the start: {expected}"
 
 
 def test_time_goes_back_to_what_was_interrupted_also_after_an_error(wait):
@@ -44,4 +45,15 @@ def test_time_goes_back_to_what_was_interrupted_also_after_an_error(wait):
 
 
 def test_no_time_at_all_is_described(wait):
-    assert TimeBudget("starting").describe() == "time    0:00:00 starting (0.0%)"
+    assert TimeBudget("starting").describe() == "time    0:00:00 since the start: 0:00:00 starting (0.0%)"
+
+
+def test_the_parts_add_up_to_the_whole(wait):
+    watch = TimeBudget("a")
+    for what, seconds in {"b": 1.4, "c": 1.4, "d": 1.4, "e": 0.4}.items():
+        wait(seconds)
+        watch.switch(what)
+    total, _, parts = watch.describe().removeprefix("time    ").partition(" since the start: ")
+    assert total == "0:00:05"
+    assert sum(int(part.split(":")[2][:2]) for part in parts.split(", ")) == 5
+    assert sum(float(share) for share in re.findall(r"([\d.]+)%", parts)) == pytest.approx(100)
