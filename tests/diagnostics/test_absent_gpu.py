@@ -203,7 +203,7 @@ def test_the_microbatch_is_found_for_the_card_s_memory(call_program, make_run, n
     assert call_program(*arguments).stdout.splitlines()[-3:] == [
         "microbatch_size 16: 16.00 GiB of 16.52 GiB",
         "microbatch_size 32: 32.00 GiB of 16.52 GiB",
-        '512 tokens a step: "microbatch_size": 16, "gradient_accumulation_steps": 2',
+        '2,048 tokens a step: "microbatch_size": 16, "gradient_accumulation_steps": 2',
     ]
     monkeypatch.setitem(CARDS, "l4", CARDS["l4"]._replace(memory_bytes=1000))
     assert "not even microbatch_size 1 fits" in complaint(call_program(*arguments))
