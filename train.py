@@ -15,6 +15,7 @@ from pathlib import Path
 
 from outside_in.overrides import KNOWN, load_run, parse
 from outside_in.reports.cards import CARDS, COMPILE_ONLY
+from outside_in.reports.loggers import check_installed
 from outside_in.runtime import cli
 from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest
@@ -152,7 +153,11 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
     """
     if args.from_checkpoint:
         raise ValueError(f"{args.run}: expected one run with --from, got a folder of {len(runs)}; name one of them")
-    layers = [load_run(run, args.changes)[0].n_layers for run in runs]  # a typo should not show after hours
+    layers = []
+    for run in runs:  # a typo, or a package that is missing, should not show after hours
+        model_config, config, _ = load_run(run, args.changes)
+        check_installed(run, config.log_to)
+        layers.append(model_config.n_layers)
     if args.max_layers is not None:
         runs = [run for run, count in zip(runs, layers) if count <= args.max_layers]
     failed = False

@@ -31,6 +31,7 @@ WITHOUT_JAX = [
     "reports/charts",
     "reports/cards",
     "reports/key_table",
+    "reports/loggers",
     "reports/roofline",
     "runtime/cli",
     "runtime/signals",

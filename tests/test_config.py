@@ -132,6 +132,10 @@ def test_a_global_step_is_split_into_equal_calls(per_call, calls):
     assert tiny_train_config(microbatches_per_call=per_call).calls_per_step == calls
 
 
+def test_a_config_with_loggers_can_be_hashed_as_compiling_needs():
+    assert hash(tiny_train_config(log_to=["wandb"])) == hash(tiny_train_config(log_to=("wandb",)))
+
+
 def test_a_config_cannot_be_changed_once_built():
     with pytest.raises(ValidationError, match="frozen"):
         tiny_train_config().seed = 1

@@ -36,6 +36,7 @@ from outside_in.inference.load import find_initial_weights
 from outside_in.loss import chunk_size
 from outside_in.optimizer import MATRIX_NDIM, final_learning_rate, schedule_steps
 from outside_in.reports.flops import FORMULA, flops_per_token
+from outside_in.reports.loggers import check_installed
 from outside_in.runtime import target
 from outside_in.runtime.devices import bytes_available, initialize_devices
 from outside_in.runtime.machine import memory_bytes
@@ -66,6 +67,7 @@ def check(run: RunDirectory, model_config: ModelConfig, config: TrainConfig) -> 
 
 def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
     """Raise ValueError where training would, as far as headers tell."""
+    check_installed(run, train.log_to)
     devices, folder = mesh.devices.size, dataset_folder(train.dataset, fetch=False)
     newest = find_checkpoints(run.checkpoints)[-1:]
     started_on = devices_at_start(train, newest[0].meta) if newest else devices

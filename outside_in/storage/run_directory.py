@@ -59,6 +59,11 @@ class RunDirectory:
     def gradient_norm_chart(self) -> Path:
         return self.path / "gradient-norm-chart.png"
 
+    @property
+    def loggers(self) -> Path:
+        """Return where a run notes what the loggers have."""
+        return self.path / "loggers.json"
+
     def rejected(self, global_step: int) -> Path:
         """Return the path of a rejected update's record."""
         return self.path / f"rejected-{global_step}.json"

@@ -6,12 +6,22 @@ from pathlib import Path
 
 from outside_in.storage import atomic
 
-LINE = re.compile(r"step (\d+) \| .*")
+LINE = re.compile(r"step (\d+) \| (.*)")
 
 
 def append(path: Path, global_step: int, texts: Iterable[str]) -> None:
     """Append completions, each as one line. After an OSError the file is as it was."""
     atomic.append_text(path, "".join(f"step {global_step} | {one_line(text)}\n" for text in texts))
+
+
+def read(path: Path) -> dict[int, str]:
+    """Read the completions of each global step, one a line."""
+    texts: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        if match := LINE.fullmatch(line):
+            step = int(match[1])
+            texts[step] = f"{texts[step]}\n{match[2]}" if step in texts else match[2]
+    return texts
 
 
 def cut_after(path: Path, global_step: int) -> None:

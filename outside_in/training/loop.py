@@ -23,6 +23,7 @@ from outside_in.storage.metrics import finite
 from outside_in.storage.records import Record
 from outside_in.train_step import Compiled, StepReport, compile_train_step, mean_loss_of_calls, steps_ahead
 from outside_in.training.checkpoint_writer import CheckpointWriter
+from outside_in.training.metrics_copies import MetricsCopies
 from outside_in.training.monitor import StepMonitor
 from outside_in.training.state import TrainState, write_metrics_if_possible
 
@@ -47,6 +48,7 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
     in_flight: list[StartedStep] = []
     is_stuck, finding = False, None
     with (
+        MetricsCopies(state) as copies,
         CheckpointWriter(state, lambda: bool(stop)) as writer,
         Progress(
             total=total,
@@ -71,15 +73,17 @@ def train(state: TrainState, stop: StopRequest, monitor: StepMonitor) -> None:
             is_due, is_wanted = state.is_at_milestone, stop.take_save_request()
             is_wanted |= state.global_step == 1 and state.config.checkpoint_first_step
             while len(in_flight) > (0 if is_due or is_wanted else steps_ahead()):
-                is_stuck |= finish_step(state, in_flight.pop(0), bar)
+                is_stuck |= finish_step(state, in_flight.pop(0), bar, copies)
             stop.apply(agreed())
             if is_due or is_wanted:
                 writer.save(is_milestone=is_due)
             writer.poll()
             write_metrics_if_possible(state)
+            copies.flush()
         for started in in_flight:
-            is_stuck |= finish_step(state, started, bar)
+            is_stuck |= finish_step(state, started, bar, copies)
         writer.finish(is_milestone=state.is_at_milestone, prune=not (is_stuck or finding))
+        copies.flush()
     if finding:
         raise RuntimeError(finding + (f"; saved at step {state.global_step:,}" if state.global_step else ""))
     if is_stuck:
@@ -108,11 +112,12 @@ def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compil
     return step
 
 
-def finish_step(state: TrainState, started: StartedStep, bar: Progress) -> bool:
+def finish_step(state: TrainState, started: StartedStep, bar: Progress, copies: MetricsCopies) -> bool:
     """Wait for a step, record and show it. Returns whether too many updates in a row were rejected."""
     reports = jax.device_get(started.reports)
     loss = mean_loss_of_calls(reports)
     state.metrics.append(record := make_record(state, started, reports[-1].update, loss))
+    copies.add(record)
     if record["rejected"]:
         path, step = state.run.rejected(started.global_step), started.global_step
         positions_KB = state.config.start_train_token + state.train_stream.positions(step - 1)

@@ -13,6 +13,7 @@ from outside_in.diagnostics import preflight
 from outside_in.layers.kernels import describe_attention
 from outside_in.overrides import in_effect, parse, train_line
 from outside_in.reports.flops import describe_peak
+from outside_in.reports.loggers import check_installed
 from outside_in.runtime import processes
 from outside_in.runtime.cli import DONE
 from outside_in.runtime.devices import device_kind, initialize_devices
@@ -39,6 +40,7 @@ def run_training(
     """Train a run, or resume it; return the exit code."""
     overrides = in_effect(parse(args.changes), config)
     check_same(model_config, config, args, overrides)
+    processes.on_main_process(check_installed, run, config.log_to)
     checkpoint, accepted = find_start(run, args.from_checkpoint), set()
     if checkpoint:
         resume_checks.check_form(checkpoint.meta, checkpoint.path / checkpointing.META_FILE)

@@ -133,6 +133,11 @@ def test_overrides_that_are_no_object_are_refused(saved):
         resume_checks.check_form(saved | {"seconds_trained": 1.5, "overrides": [1]}, Path("meta.json"))
 
 
+def test_the_same_loggers_are_no_change(saved):
+    saved["train_config"]["log_to"] = ["wandb"]
+    assert check(saved, train={"log_to": ["wandb"]}) == []
+
+
 def test_another_version_is_reported(saved):
     saved["versions"]["jax"] = "0.1.2"
     del saved["versions"]["optax"]
