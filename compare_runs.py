@@ -17,7 +17,7 @@ def main(args: argparse.Namespace) -> int:
     runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
     from outside_in.reports.comparison import compare  # with JAX, which takes seconds to import: not for a usage error
 
-    print(*compare(runs, args.x, args.output), sep="\n")
+    print(*compare(runs, args.x, args.output, args.to_loss), sep="\n")
     return cli.DONE
 
 
@@ -25,6 +25,9 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--x", choices=X_LABELS, default="tokens", help="the horizontal axis (tokens)")
+    parser.add_argument(
+        "--to-loss", type=float, metavar="LOSS", help="say what each run took to reach it, by validation"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -21,6 +21,7 @@ from outside_in.reports import markdown
 from outside_in.reports.charts import Curve, draw_comparison, over_steps
 from outside_in.reports.labels import X_LABELS
 from outside_in.reports.series import Series
+from outside_in.reports.time_to_loss import Reached, reach
 from outside_in.storage import metrics
 from outside_in.storage.records import Records
 from outside_in.storage.run_directory import RunDirectory
@@ -83,11 +84,12 @@ class RunResult:
         return float(self.records.column("seconds").sum())
 
 
-def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
+def compare(runs: list[RunDirectory], x: str, chart: Path, to_loss: float | None = None) -> list[str]:
     """Draw the chart and return the lines to print.
 
-    Those are the table, and which runs were skipped. `x` is the chart's horizontal axis, a key of `X_LABELS`. Raises
-    ValueError when no run has metrics.
+    Those are the table, and which runs were skipped. `x` is the chart's horizontal axis, a key of `X_LABELS`. With
+    `to_loss`, the table says what each run took to reach that validation loss. Raises ValueError when no run has
+    metrics.
     """
     found = {run: read(run) for run in runs}
     trained = [run for run in found.values() if run]
@@ -97,7 +99,7 @@ def compare(runs: list[RunDirectory], x: str, chart: Path) -> list[str]:
     curves = [_curve(run, names[run.run], x, is_comparable=run not in apart) for run in trained]
     draw_comparison(chart, curves, x_label=X_LABELS[x])
     skipped = [f"{run.path}: no metrics yet, skipped" for run, read_run in found.items() if read_run is None]
-    return [*table(trained), "", *skipped, f"chart: {chart}"]
+    return [*table(trained, to_loss), "", *skipped, f"chart: {chart}"]
 
 
 def read(run: RunDirectory) -> RunResult | None:
@@ -133,7 +135,7 @@ def not_comparable(runs: list[RunResult]) -> list[RunResult]:
     return [run for run in runs if key(run) != usual]
 
 
-def table(runs: list[RunResult]) -> list[str]:
+def table(runs: list[RunResult], to_loss: float | None = None) -> list[str]:
     """Return the lines of a Markdown table. Runs that are not comparable are marked."""
     marked, names = not_comparable(runs), labels(runs)
     columns: dict[str, Column] = {
@@ -147,6 +149,16 @@ def table(runs: list[RunResult]) -> list[str]:
         "rejected": lambda run: f"{run.records.last['rejected_updates']:,}",
         "time": lambda run: _clock(run.seconds),
     }
+    if to_loss is not None:
+        reached = {run.run: reach(run.records, run.model_config, to_loss) for run in runs}
+        shown: dict[str, Callable[[Reached], str]] = {
+            f"tokens to {to_loss:g}": lambda at: f"{at.tokens:,.0f}",
+            "steps": lambda at: f"{at.steps:,.0f}",
+            "time of steps": lambda at: _clock(at.seconds),
+            "FLOPs": lambda at: f"{at.flops:.2e}",
+        }
+        for name, show in shown.items():
+            columns[name] = lambda run, show=show: show(at) if (at := reached[run.run]) else "–"
     lines = markdown.table(list(columns), [[column(run) for column in columns.values()] for run in runs])
     if marked:
         lines += [

@@ -68,6 +68,19 @@ def test_the_table_holds_the_numbers_that_a_hand_computes(trained, tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_table_says_what_each_run_took_to_a_loss(trained, tmp_path):
+    fast = [record(1, 5.0, val_loss=5.0), record(2, 4.5), record(3, 4.0, val_loss=3.0), record(4, 2.0, val_loss=2.0)]
+    slow = [record(step, 5.0, seconds=2.0) for step in range(1, 4)]
+    slow[2]["val_loss"] = 3.5
+    runs = [trained("fast", fast), trained("slow", slow), trained("never", [record(1, 4.0, val_loss=4.0)])]
+    lines = compare(runs, "tokens", tmp_path / "chart.png", to_loss=3.5)
+    assert cells(lines[0])[-4:] == ["tokens to 3.5", "steps", "time of steps", "FLOPs"]
+    # three quarters of the way from step 1 to step 3; 6 · (12 · 32² + 101 · 32) + 12 · 32 · 16 operations a token
+    assert cells(lines[2])[-4:] == ["320", "2", "0:00:01", f"{320 * (6 * (12 * 1024 + 3232) + 6144):.2e}"]
+    assert cells(lines[3])[-4:-1] == ["384", "3", "0:00:06"]
+    assert cells(lines[4])[-4:] == ["–"] * 4
+
+
 def test_runs_without_metrics_are_named_and_left_out(trained, make_run, tmp_path):
     lines = compare([RunDirectory(make_run("new")), trained("old", [record(1, 4.0)])], "steps", tmp_path / "chart.png")
     assert [cells(line)[0] for line in lines[2:3]] == ["old"]
