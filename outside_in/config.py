@@ -116,13 +116,23 @@ class TrainConfig(Config):
     start_train_token: Count = key("fatal", "first token of the training file that is used", 0, ge=0)
     start_val_token: Count = key("announced", "first token of the validation file that is used", 0, ge=0)
     val_tokens: Count = key("announced", "validation tokens at most; 0: no validation; -1: all", 65_536, ge=-1)
-    weight_decay: Float32 = key("announced", "AdamW's decay", 0.01, ge=0)
+    optimizer: Literal["adamw", "muon", "lion", "adafactor"] = key(
+        "fatal", "the rule of updates; muon: for the matrices of blocks, AdamW for the rest", "adamw"
+    )
+    muon_learning_rate: Float32 | None = key(
+        "announced", "the peak for the matrices of blocks under muon; null: learning_rate", None, gt=0, le=1e3
+    )
+    weight_decay: Float32 = key("announced", "decay of the parameters, times the learning rate", 0.01, ge=0)
     weight_decay_on: Literal["all", "matrices"] = key(
         "announced", "what decays: all, or matrices, so not biases, norms and other vectors", "all"
     )
-    beta1: Float32 = key("announced", "AdamW's memory of gradients: about 1 / (1 - beta1) steps", 0.9, ge=0, lt=1)
+    beta1: Float32 = key("announced", "memory of gradients, adamw and lion: 1 / (1 - beta1) steps", 0.9, ge=0, lt=1)
     beta2: Float32 = key(
-        "announced", "AdamW's memory of squared gradients: about 1 / (1 - beta2) steps", 0.999, ge=0, lt=1
+        "announced",
+        "memory of squared gradients (lion: of gradients): 1 / (1 - beta2) steps",
+        0.999,
+        ge=0,
+        lt=1,
     )
     epsilon: Float32 = key("announced", "what AdamW adds to the divisor of an update", 1e-8, ge=MIN_FLOAT32)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = key(
@@ -179,6 +189,10 @@ class TrainConfig(Config):
             raise ValueError(
                 f"microbatches_per_call={per_call} does not divide gradient_accumulation_steps={steps}; "
                 f"use one of {divisors}"
+            )
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(
+                f'optimizer="{self.optimizer}" has no muon_learning_rate; remove it, or use optimizer "muon"'
             )
         return self
 

@@ -7,10 +7,10 @@ Reading inwards, one global step passes through
     measure_norm           keeps the norm of the mean gradient; makes a gradient whose norm overflows not finite
     apply_if_finite        rejects the update when a gradient is not finite: no parameter and no moment changes
     clip_by_global_norm
-    adamw
+    adamw                  or another of `update_rules.py`
 
 The learning rate stands outside `apply_if_finite` so that a rejected update moves the schedule on as it moves the data
-on. All but `measure_norm` is optax's: https://optax.readthedocs.io. AdamW: https://arxiv.org/abs/1711.05101.
+on. All but `measure_norm` is optax's: https://optax.readthedocs.io.
 """
 
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from flax import nnx
 
 from outside_in.config import TrainConfig
 from outside_in.storage.text import counted
+from outside_in.update_rules import RULES
 
-MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
 START_FACTOR = 1e-5  # of the peak learning rate
 SCHEDULE_KEYS = (  # of train.json, beside those that set the run's length
     "learning_rate",
@@ -92,14 +92,12 @@ def make_optimizer(
     """Build the optimizer of a run, over all parameters of the model."""
     schedule = learning_rate_schedule(config, total_steps, tokens_per_step)
 
-    def guarded_adamw(learning_rate: Any) -> optax.GradientTransformation:
+    def guarded_rule(learning_rate: Any) -> optax.GradientTransformation:
         clip = optax.clip_by_global_norm(_max_norm(config))
-        mask = _are_matrices if config.weight_decay_on == "matrices" else None
-        moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
-        adamw = optax.adamw(learning_rate, **moments, weight_decay=config.weight_decay, mask=mask)
-        return optax.chain(measure_norm(), optax.apply_if_finite(optax.chain(clip, adamw), NEVER))
+        rule = RULES[config.optimizer](config, learning_rate)
+        return optax.chain(measure_norm(), optax.apply_if_finite(optax.chain(clip, rule), NEVER))
 
-    transformation = optax.inject_hyperparams(guarded_adamw)(schedule)
+    transformation = optax.inject_hyperparams(guarded_rule)(schedule)
     if config.microbatches_per_call is not None:  # also one call: the state is of one form on any number of devices
         transformation = accumulate_calls(transformation, config.calls_per_step)
     return nnx.Optimizer(model, transformation, wrt=nnx.Param)
@@ -111,10 +109,6 @@ def _max_norm(config: TrainConfig) -> float:
     Without clipping it is the largest one, which no gradient exceeds.
     """
     return min(config.clipping_max_norm or MAX_FLOAT32, MAX_FLOAT32)
-
-
-def _are_matrices(params: Any) -> Any:
-    return jax.tree.map(lambda x: x.ndim >= MATRIX_NDIM, params)
 
 
 def measure_norm() -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -98,8 +99,13 @@ def _open(path: Path) -> Any:
 
 def named_arrays(state: nnx.State) -> dict[str, Any]:
     """Return the arrays of a state by dot-joined paths."""
-    flat = ((".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state))
-    return {name: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for name, leaf in flat}
+    return {".".join(map(str, path)): array for path, array in _flat(state).items()}
+
+
+def _flat(state: nnx.State) -> dict[tuple[Any, ...], Any]:
+    """Return the arrays of a state by path; without the places where optax keeps nothing."""
+    flat = ((path, x.get_value() if isinstance(x, nnx.Variable) else x) for path, x in nnx.to_flat_state(state))
+    return {path: x for path, x in flat if not isinstance(x, optax.MaskedNode)}
 
 
 def host_arrays(state: nnx.State) -> dict[str, np.ndarray]:
@@ -120,8 +126,7 @@ def fill_like(state: nnx.State, saved: Mapping[str, Any], source: Path) -> nnx.S
     # Uncommitted arrays stay uncommitted: another sharding would recompile the training step.
     shardings = [array.sharding if getattr(array, "committed", False) else None for array in current.values()]
     placed = [device_put_global(array, sharding) for array, sharding in zip(arrays, shardings)]
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(zip(paths, placed, strict=True))
+    return nnx.from_flat_state(zip(_flat(state), placed, strict=True))
 
 
 def check_structure(state: nnx.State, saved: Mapping[str, Any], source: Path) -> None:

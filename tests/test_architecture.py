@@ -12,7 +12,7 @@ FLOORS = [
     "layers,loss,weights",
     "model",
     "data",
-    "optimizer,train_step",
+    "optimizer,train_step,update_rules",
     "checkpointing",
     "inference",
     "reports",

@@ -19,7 +19,7 @@ dataset objective microbatch_size gradient_accumulation_steps microbatches_per_c
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on
 beta1 beta2 epsilon schedule warmup_period_percent warmup_tokens decay_percent final_learning_rate_percent
 clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval checkpoint_first_step
-keep_checkpoints initial_weights max_consecutive_rejections sample_prompt log_to mesh
+keep_checkpoints initial_weights max_consecutive_rejections sample_prompt log_to mesh optimizer muon_learning_rate
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}

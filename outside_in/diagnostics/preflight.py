@@ -34,7 +34,7 @@ from outside_in.data.token_files import TRAIN
 from outside_in.data.tokenizer import assumed
 from outside_in.inference.load import find_initial_weights
 from outside_in.loss import chunk_size
-from outside_in.optimizer import MATRIX_NDIM, final_learning_rate, schedule_steps
+from outside_in.optimizer import final_learning_rate, schedule_steps
 from outside_in.reports.flops import FORMULA, flops_per_token
 from outside_in.reports.loggers import check_installed
 from outside_in.runtime import target
@@ -43,6 +43,7 @@ from outside_in.runtime.machine import memory_bytes
 from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.text import counted
+from outside_in.update_rules import MATRIX_NDIM, count_moments
 
 GIB = 2**30
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
@@ -88,7 +89,8 @@ def check_fits(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
     """Raise ValueError when a device cannot hold the parameters, their moments, and one hidden state."""
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
     hidden = train.microbatch_size * model.context_length * model.emb_dim
-    if 3 * 4 * parameters // mesh.shape[FSDP] + 2 * hidden > bytes_available():
+    moments = count_moments(train, parameter_shapes(model))
+    if 4 * (parameters + moments) // mesh.shape[FSDP] + 2 * hidden > bytes_available():
         what, keys = "parameters and their moments need", "emb_dim or n_layers"
         if hidden > parameters:
             what, keys = "hidden states need", "microbatch_size or context_length"
@@ -141,7 +143,7 @@ def describe(
             f"data    {data.leaked_share:.1%} of validation occurs in the training tokens, according to data.json"
         )
     lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
-    lines.append(_disk(run, train, parameters))
+    lines.append(_disk(run, train, parameters, count_moments(train, shapes)))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
 
 
@@ -174,8 +176,9 @@ def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = 
     The state is exact, the activations are an upper bound.
     """
     fsdp = (mesh or one_device()).shape[FSDP]
-    parameters = sum(map(math.prod, parameter_shapes(model).values()))
-    spread = 3 + (train.microbatches_per_call is not None)  # parameters, two moments; MultiSteps' accumulator
+    shapes = parameter_shapes(model)
+    parameters = sum(map(math.prod, shapes.values()))
+    spread = 1 + count_moments(train, shapes) / parameters + (train.microbatches_per_call is not None)  # MultiSteps'
     copies = 1 + spread / fsdp + (fsdp > 1)  # and whole: the gradient, and what is gathered of the parameters
     copies += train.gradient_accumulation_steps > train.calls_per_step  # a microbatch's gradient beside their mean
     positions = train.microbatch_size * model.context_length
@@ -194,9 +197,9 @@ def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = 
     )
 
 
-def _disk(run: RunDirectory, train: TrainConfig, parameters: int) -> str:
-    copies = 3 + (train.microbatches_per_call is not None)  # as above, without the gradient
-    checkpoint = 4 * copies * parameters
+def _disk(run: RunDirectory, train: TrainConfig, parameters: int, moments: int) -> str:
+    accumulated = parameters if train.microbatches_per_call is not None else 0
+    checkpoint = 4 * (parameters + moments + accumulated)
     free = shutil.disk_usage(run.path).free
     if train.keep_checkpoints is None:
         return f"disk    {checkpoint / GIB:.2f} GiB a checkpoint, all are kept; {free / GIB:.1f} GiB free"

@@ -9,10 +9,10 @@ from flax import nnx
 from outside_in.data.loader import Batch
 from outside_in.diagnostics.finite_checks import make_checks
 from outside_in.diagnostics.parameters import check_parameters_changed, hash_line, matching, parameter_hashes
-from outside_in.optimizer import MATRIX_NDIM
 from outside_in.runtime.log import log
 from outside_in.train_step import StepReport, mean_loss_of_calls
 from outside_in.training.state import TrainState
+from outside_in.update_rules import MATRIX_NDIM
 from outside_in.weights import named_arrays
 
 MAX_DISTANCE = 0.5  # nats, of a first loss from that of a uniform guess

@@ -46,11 +46,12 @@ def stream(mesh, sequences=SEQUENCES, size=1):
     return TokenStream(jax.device_put(random_tokens(3000)), shape, "next-token", 0, shuffle=True)
 
 
-def trained(data, fsdp, num_steps=4, per_call=None, **changes):
+def trained(data, fsdp, num_steps=4, per_call=None, optimizer="adamw", **changes):
     """Train on a mesh; return losses, gradient norms, and the parameters."""
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
     tokens = stream(mesh)
-    config = tiny_train_config(gradient_accumulation_steps=tokens.batch_shape[0], microbatches_per_call=per_call)
+    shape = {"gradient_accumulation_steps": tokens.batch_shape[0], "microbatches_per_call": per_call}
+    config = tiny_train_config(**shape, optimizer=optimizer)
     model = tiny_model(**LARGER | changes)
     optimizer = make_optimizer(model, config, total_steps=20)
     place(model, mesh), place(optimizer, mesh)
@@ -89,8 +90,19 @@ def test_other_models_are_spread_too(changes):
     )
 
 
-def test_arrays_stay_where_the_rule_has_them():
-    _, _, modules = trained(2, 4, num_steps=2)
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "adafactor"])
+def test_other_optimizers_are_spread_too(optimizer):
+    expected, parameters, _ = trained(1, 1, num_steps=3, optimizer=optimizer)
+    found, spread, _ = trained(2, 2, num_steps=3, optimizer=optimizer)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    differences = [abs(spread[name] - array).max() for name, array in parameters.items()]
+    assert optimizer == "lion" or max(differences) < 1e-3  # a sign turns round with the last digit of a sum
+
+
+# Parameters are spread, and their moments: embedding, head, and four matrices in each of two blocks.
+@pytest.mark.parametrize(("optimizer", "expected"), [("adamw", 3 * 10), ("muon", 10 + 2 * 2 + 8)])
+def test_arrays_stay_where_the_rule_has_them(optimizer, expected):
+    _, _, modules = trained(2, 4, num_steps=2, optimizer=optimizer)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     spread = 0
     for module in modules:
@@ -99,7 +111,7 @@ def test_arrays_stay_where_the_rule_has_them():
         after = [array.sharding for array in jax.tree.leaves(nnx.state(module))]
         assert before == after
         spread += sum(not sharding.is_fully_replicated for sharding in after)
-    assert spread == 3 * 10  # of parameters and both moments: embedding, head, and four matrices in each of two blocks
+    assert spread == expected
 
 
 def test_golden_losses_hold_on_eight_devices():
