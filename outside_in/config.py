@@ -172,6 +172,9 @@ class TrainConfig(Config):
     keep_checkpoints: Count | None = key(
         "free", "newest checkpoints that are kept, beside the best; null: all", 3, ge=1
     )
+    layer_norms_interval: Count | None = key(
+        "free", "global steps between records of each layer's gradient and update norms; null: none", None, ge=1
+    )
     max_consecutive_rejections: Count = key("free", "rejected updates in a row that end the run", 10, ge=1)
     sample_prompt: str = key(
         "free", "what the samples at each checkpoint complete", "Every effort moves you", min_length=1

@@ -42,7 +42,7 @@ class NormState(NamedTuple):
 
 
 def schedule_steps(config: TrainConfig, total_steps: int, tokens_per_step: int | None = None) -> tuple[int, int]:
-    """Return how many steps the warmup and the decay of the learning rate take.
+    """Return how many steps warmup and decay take.
 
     Only `warmup_tokens` needs `tokens_per_step`. Raises ValueError when the run is too short for both.
     """
@@ -143,6 +143,24 @@ def accumulate_calls(inner: optax.GradientTransformation, calls: int) -> optax.G
         return multi_steps.update(updates, state._replace(acc_grads=fresh), params)
 
     return optax.GradientTransformation(multi_steps.init, update)
+
+
+def gradient_of_step(optimizer: nnx.Optimizer, grads: nnx.State) -> nnx.State:
+    """Return the mean gradient of a global step's calls so far.
+
+    `grads` is that of the newest call, whose update comes next.
+    """
+    state = nnx.as_pure(optimizer.opt_state)
+    accumulated = optax.tree.get(state, "acc_grads")
+    if accumulated is None:
+        return grads
+    calls = optax.tree.get(state, "mini_step")
+
+    def mean(grad: jax.Array, total: jax.Array) -> jax.Array:
+        before = jnp.where(calls == 0, 0, total)
+        return before + (grad - before) / (calls + 1)
+
+    return jax.tree.map(mean, nnx.as_pure(grads), accumulated)
 
 
 class UpdateReport(NamedTuple):

@@ -19,6 +19,7 @@ from model import GPTModel
 from outside_in.config import TrainConfig
 from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.layers.dropout import Dropout
+from outside_in.norms_by_layer import update_and_measure
 from outside_in.optimizer import UpdateReport, update_report
 from outside_in.runtime.devices import compiler_options, give_back_freed_memory
 from outside_in.runtime.mesh import AXES, DATA, FSDP, array_shardings, array_spec, one_device
@@ -41,6 +42,7 @@ class StepReport(NamedTuple):
     loss: jax.Array  # mean of the call
     update: UpdateReport
     diagnostics: GradientDiagnostics
+    layer_norms: jax.Array | None = None  # (3, L); of `norms_by_layer`
 
 
 @partial(nnx.jit, static_argnames=("config", "mesh"), donate_argnames=("model", "optimizer"))
@@ -58,11 +60,11 @@ def train_step(
     """
     mesh = mesh or one_device()
     loss, grads, losses_A = mean_gradient(model, batch, seed_key, mesh)
-    optimizer.update(model, grads)
+    layer_norms = update_and_measure(model, optimizer, grads, config)
     for module in (model, optimizer):  # what comes out lies where it came from
         state = nnx.state(module)
         nnx.update(module, jax.lax.with_sharding_constraint(state, array_shardings(state, mesh)))
-    report = StepReport(loss, update_report(optimizer, config), gradient_diagnostics(losses_A, grads))
+    report = StepReport(loss, update_report(optimizer, config), gradient_diagnostics(losses_A, grads), layer_norms)
     return jax.lax.with_sharding_constraint(report, NamedSharding(mesh, PartitionSpec()))
 
 

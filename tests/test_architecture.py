@@ -12,7 +12,7 @@ FLOORS = [
     "layers,loss,weights",
     "model",
     "data",
-    "optimizer,train_step,update_rules",
+    "optimizer,norms_by_layer,train_step,update_rules",
     "checkpointing",
     "inference",
     "reports",

@@ -19,7 +19,8 @@ dataset objective microbatch_size gradient_accumulation_steps microbatches_per_c
 shuffle start_train_token start_val_token val_tokens learning_rate weight_decay weight_decay_on
 beta1 beta2 epsilon schedule warmup_period_percent warmup_tokens decay_percent final_learning_rate_percent
 clipping_max_norm drop_rate seed precision loss_rows_per_chunk remat checkpoint_interval checkpoint_first_step
-keep_checkpoints initial_weights max_consecutive_rejections sample_prompt log_to mesh optimizer muon_learning_rate
+keep_checkpoints initial_weights layer_norms_interval max_consecutive_rejections sample_prompt log_to mesh optimizer
+muon_learning_rate
 """
 SHIPPED_RUNS = sorted(path.parent for path in ROOT.glob("runs/*/train.json"))
 REQUIRED = {ModelConfig: TINY_MODEL, TrainConfig: TINY_TRAIN}
@@ -272,6 +273,7 @@ def test_a_value_near_an_allowed_one_names_it(changes, end, complaint_about):
         (TrainConfig, "seed", 10**30),
         (TrainConfig, "checkpoint_interval", 0),
         (TrainConfig, "keep_checkpoints", 0),
+        (TrainConfig, "layer_norms_interval", 0),
         (TrainConfig, "max_consecutive_rejections", 0),
         (TrainConfig, "sample_prompt", ""),
         (TrainConfig, "mesh.data", -2),

@@ -11,7 +11,7 @@ import checkpointing
 from outside_in.data.loader import Batch, place_batch
 from outside_in.diagnostics import memory
 from outside_in.diagnostics.rejections import record_rejection
-from outside_in.optimizer import UpdateReport
+from outside_in.norms_by_layer import norms_record
 from outside_in.overrides import as_arguments, train_line
 from outside_in.reports.flops import mfu
 from outside_in.runtime import processes
@@ -116,7 +116,7 @@ def finish_step(state: TrainState, started: StartedStep, bar: Progress, copies: 
     """Wait for a step, record and show it. Returns whether too many updates in a row were rejected."""
     reports = jax.device_get(started.reports)
     loss = mean_loss_of_calls(reports)
-    state.metrics.append(record := make_record(state, started, reports[-1].update, loss))
+    state.metrics.append(record := make_record(state, started, reports[-1], loss))
     copies.add(record)
     if record["rejected"]:
         path, step = state.run.rejected(started.global_step), started.global_step
@@ -130,9 +130,9 @@ def finish_step(state: TrainState, started: StartedStep, bar: Progress, copies: 
     return record["consecutive_rejections"] >= state.config.max_consecutive_rejections
 
 
-def make_record(state: TrainState, started: StartedStep, update: UpdateReport, loss: float) -> Record:
-    """Return the line of `metrics.jsonl` of a step that has just ended."""
-    now = time.monotonic()
+def make_record(state: TrainState, started: StartedStep, report: StepReport, loss: float) -> Record:
+    """Return the line of `metrics.jsonl` of a step that has just ended, from the report of its last call."""
+    now, update = time.monotonic(), report.update
     record: Record = {
         "global_step": started.global_step,
         **{name: value.item() for name, value in update._asdict().items()},
@@ -142,6 +142,8 @@ def make_record(state: TrainState, started: StartedStep, update: UpdateReport, l
         "data_crc32": started.data_crc32,  # of the tokens trained on: what two runs must share to be the same
         "seconds": round(now - state.last_collected, 4),
     }
+    if report.layer_norms is not None and started.global_step % (state.config.layer_norms_interval or 1) == 0:
+        record |= norms_record(state.model, report.layer_norms)
     if state.paused:
         record["checkpoint_seconds"] = round(state.paused, 4)
         state.paused = 0.0
