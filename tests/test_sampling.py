@@ -7,7 +7,7 @@ from helpers import CONTEXT_LENGTH, VOCAB_SIZE, logits, random_tokens, tiny_mode
 from test_model import SWITCHES, numpy_gpt2, with_larger_weights
 
 from outside_in.inference import generation
-from outside_in.inference.generation import Sampling, generate, restrict, stream
+from outside_in.inference.generation import ALL, Sampling, generate, generate_all, restrict, stream
 
 PROMPT = [int(token) for token in random_tokens(3)]
 NUM_SAMPLES = 4000
@@ -242,3 +242,48 @@ def test_each_shape_is_compiled_once():
     sizes = generation.prefill._cache_size(), generation.decode._cache_size()
     generate(model, PROMPT[:2], num_tokens=6, sampling=Sampling(0.3, top_p=0.1), seed=5)
     assert (generation.prefill._cache_size(), generation.decode._cache_size()) == sizes
+
+
+def test_a_given_size_of_the_cache_and_every_top_p_need_no_other_program():
+    model = tiny_model()
+    options = {"size": CONTEXT_LENGTH, "stop_id": 3}
+    generate(model, PROMPT, num_tokens=7, sampling=Sampling(1.0, top_p=ALL), **options)
+    sizes = generation.prefill._cache_size(), generation.decode._cache_size()
+    for num_tokens, temperature, top_p in [(1, 0.7, 0.5), (12, 1e-30, 0.9), (30, 3.0, ALL)]:
+        found = generate(model, PROMPT, num_tokens, sampling=Sampling(temperature, top_p=top_p), seed=4, **options)
+        assert (generation.prefill._cache_size(), generation.decode._cache_size()) == sizes
+        plain = Sampling(temperature, top_p=None if top_p == ALL else top_p)
+        expected = generate(model, PROMPT, num_tokens, sampling=plain, seed=4, stop_id=3)
+        np.testing.assert_array_equal(found, expected)
+        sizes = generation.prefill._cache_size(), generation.decode._cache_size()
+
+
+PROMPTS = [random_tokens(length, seed=length).tolist() for length in (3, 1, 15, 9)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(4.0, top_p=0.9)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPT]], ids=["of several lengths", "of one length"])
+def test_prompts_at_once_get_what_each_gets_alone(model, sampling, prompts):
+    num_samples = 1 if sampling.temperature is None else 2
+    options = {"num_samples": num_samples, "sampling": sampling, "seed": 5}
+    together = generate_all(model, prompts, 30, **options)  # so many that each text outgrows the context
+    for prompt, found in zip(prompts, together, strict=True):
+        np.testing.assert_array_equal(found, generate(model, prompt, 30, **options))
+    assert len({tuple(row) for row in together.reshape(-1, 30).tolist()}) == len(prompts) * num_samples
+
+
+def test_a_text_that_ends_waits_for_those_of_other_prompts(model):
+    free = generate_all(model, PROMPTS, 30, sampling=BROAD)
+    stop_id = int(free[2, 0, 4])
+    together = generate_all(model, PROMPTS, 30, sampling=BROAD, stop_id=stop_id)
+    for prompt, row in zip(PROMPTS, together[:, 0].tolist(), strict=True):
+        [alone] = generate(model, prompt, 30, sampling=BROAD, stop_id=stop_id).tolist()
+        assert row[: len(alone)] == alone and set(row[len(alone) :]) <= {stop_id}
+
+
+@pytest.mark.parametrize("switches", [SWITCHES[0], SWITCHES[2], SWITCHES[-1]], ids=str)
+def test_positions_may_differ_whatever_the_model_is_made_of(switches):
+    model = with_larger_weights(tiny_model(**switches))
+    together = generate_all(model, PROMPTS, 8)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        np.testing.assert_array_equal(found, generate(model, prompt, 8))

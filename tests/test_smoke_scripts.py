@@ -10,6 +10,7 @@ from checkpointing import MODEL_FILE
 from model import GPTModel
 from outside_in.config import ModelConfig
 from outside_in.data.tokenizer import gpt2
+from outside_in.inference import completions
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,24 @@ def test_a_prompt_comes_from_a_file_or_standard_input(repeating, tmp_path, optio
     with (tmp_path / "prompt.txt").open() as prompt:
         finished = run_program("test_generation.py", repeating, *arguments, "--tokens", 2, *GREEDY, stdin=prompt)
     assert finished.stdout == "Every effort moves you you you\n", finished.stderr
+
+
+def test_several_prompts_print_what_each_prints_alone(call_program, forgetful, tmp_path, monkeypatch):
+    monkeypatch.setattr(completions, "ROWS_PER_BATCH", 4)
+    prompts = ["Every effort", "you", "Where is the water, captain", "to", " sea"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = ("--samples", 2, "--tokens", 20, "--seed", 3)
+    alone = [call_program("test_generation", forgetful, "--prompt", prompt, *options).stdout for prompt in prompts]
+    by_file = call_program("test_generation", forgetful, "--prompt-lines", tmp_path / "prompts.txt", *options)
+    assert by_file.stdout == "".join(alone) and by_file.returncode == 0
+    one_by_one = [option for prompt in prompts for option in ("--prompt", prompt)]
+    assert call_program("test_generation", forgetful, *one_by_one, *options).stdout == "".join(alone)
+
+
+def test_a_prompt_among_others_that_leaves_no_room_is_named(call_program, repeating):
+    finished = call_program("test_generation", repeating, "--prompt", "yes", "--prompt", "no " * 20)
+    assert finished.returncode == 2 and not finished.stdout
+    assert finished.stderr.startswith("error: prompt 2 of 2: expected fewer than 16 tokens, the context, got 21")
 
 
 def test_special_text_in_a_prompt_is_noticed(call_program, repeating):

@@ -23,6 +23,7 @@ from outside_in.layers.kernels import causal_attention
 TOKENS_PER_CALL = 8  # of the compiled loop: enough to hide its start, few enough to be read as they come
 MIN_SIZE = 16  # positions: what is shorter is not compiled for itself
 NO_TOKEN = -1
+ALL = float("inf")  # as `top_p`: every token
 
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, (B, N, S, H)
 
@@ -46,52 +47,65 @@ def generate(
     model: GPTModel, prompt_ids: list[int], num_tokens: int, num_samples: int = 1, **options: Any
 ) -> np.ndarray:
     """Return what `stream` yields as one array, (num_samples, at most num_tokens), int32."""
-    parts = stream(model, prompt_ids, num_tokens, num_samples, **options)
-    return np.concatenate([np.zeros((num_samples, 0), np.int32), *parts], axis=1)
+    return generate_all(model, [prompt_ids], num_tokens, num_samples, **options)[0]
+
+
+def generate_all(
+    model: GPTModel, prompts: list[list[int]], num_tokens: int, num_samples: int = 1, **options: Any
+) -> np.ndarray:
+    """Return what `stream_all` yields as one array, (prompts, num_samples, at most num_tokens), int32."""
+    parts = stream_all(model, prompts, num_tokens, num_samples, **options)
+    rows = np.concatenate([np.zeros((len(prompts) * num_samples, 0), np.int32), *parts], axis=1)
+    return rows.reshape(len(prompts), num_samples, -1)
 
 
 def stream(
+    model: GPTModel, prompt_ids: list[int], num_tokens: int, num_samples: int = 1, **options: Any
+) -> Iterator[np.ndarray]:
+    """Yield completions of a prompt as they come, (num_samples, some); see `stream_all`."""
+    return stream_all(model, [prompt_ids], num_tokens, num_samples, **options)
+
+
+def stream_all(
     model: GPTModel,
-    prompt_ids: list[int],
+    prompts: list[list[int]],
     num_tokens: int,
     num_samples: int = 1,
     *,
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stop_id: int | None = None,
+    size: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield `num_samples` completions of a prompt as they come, (num_samples, some).
+    """Yield `num_samples` completions of each prompt as they come, (prompts · num_samples, some).
 
     Each has `num_tokens` tokens, or fewer if all have chosen `stop_id`; a sample that has chosen it gets nothing else.
-    A sample depends on the seed and its index, not on how many there are.
+    A sample depends on its prompt, the seed and its index, not on how many prompts and samples there are.
 
     Of a prompt longer than the context, the last tokens are used. When a text fills the context, only its second half
     is kept: positions are absolute, so the cache cannot move on by one.
+
+    `size` is that of the cache, by default as small as it can be; with a given one, `num_tokens` has no part in what is
+    compiled.
     """
-    assert prompt_ids, "a completion needs a prompt of at least one token"
+    assert all(prompts), "a completion needs a prompt of at least one token"
     graph, params = nnx.split(model)
     context_length = model.config.context_length
-    is_drawn = sampling.temperature is not None and sampling.temperature >= MIN_FLOAT32
-    all_of_it = sampling.top_p == 1  # to rounding, a sum of float32 would end before its last terms
-    sampling = replace(
-        sampling,
-        temperature=sampling.temperature if is_drawn else None,
-        top_p=None if all_of_it else sampling.top_p,
-    )
-    text = np.array([prompt_ids[-context_length:]], np.int32)
-    size = _padded(text.shape[1] + num_tokens, context_length)
-    ended, cache, made = np.zeros(num_samples, bool), None, 0
+    sampling, stop = _simplest(sampling), NO_TOKEN if stop_id is None else stop_id
+    texts = [np.array(prompt_ids[-context_length:], np.int32) for prompt_ids in prompts]
+    size = size or _padded(max(map(len, texts)) + num_tokens, context_length)
+    samples = np.tile(np.arange(num_samples, dtype=np.int32), len(prompts))
+    ended, cache, made = np.zeros(len(samples), bool), None, 0
     while made < num_tokens and not ended.all():
-        if text.shape[1] > context_length:
-            text, cache = text[:, -max(1, context_length // 2) :], None
+        if max(map(len, texts)) > context_length:
+            texts = [text[-max(1, context_length // 2) :] if len(text) > context_length else text for text in texts]
+            cache = None
         if cache is None:
-            read = text.shape[1] - 1  # the last token is the first that the loop takes
-            prompt = np.pad(text[:, :read], ((0, 0), (0, _padded(read, size) - read)))
-            cache = prefill(graph, params, prompt, size, num_samples // len(text))
-            text = np.repeat(text, num_samples // len(text), axis=0)  # all samples begin with the same one
-        count = min(TOKENS_PER_CALL, num_tokens - made, context_length + 1 - text.shape[1])
-        ends = TextEnds(text[:, -1], text.shape[1] - 1, made, ended)
-        stop = NO_TOKEN if stop_id is None else stop_id
+            copies = len(samples) // len(texts)  # all samples of a prompt begin with the same text
+            cache = prefill(graph, params, _prompts_to_read(texts, size), size, copies)
+            texts = [text for text in texts for _ in range(copies)]
+        count = min(TOKENS_PER_CALL, num_tokens - made, context_length + 1 - max(map(len, texts)))
+        ends = TextEnds(np.array([text[-1] for text in texts]), _positions(texts), samples, made, ended)
         cache, new_BC = decode(graph, params, cache, ends, count, Choice(sampling, seed, stop))
         new = np.asarray(new_BC)[:, :count]
         stops = (new == stop) & ~ended[:, None]
@@ -99,8 +113,33 @@ def stream(
         new = new[:, : lengths.max()]  # nothing after the end of the last sample
         ended |= stops.any(axis=1)
         made += new.shape[1]
-        text = np.concatenate([text, new], axis=1)
+        texts = [np.concatenate(both) for both in zip(texts, new, strict=True)]
         yield new
+
+
+def _simplest(sampling: Sampling) -> Sampling:
+    """Leave out what has no effect, so that it is not compiled."""
+    is_drawn = sampling.temperature is not None and sampling.temperature >= MIN_FLOAT32
+    all_of_it = sampling.top_p == 1  # to rounding, a sum of float32 would end before its last terms
+    return replace(
+        sampling,
+        temperature=sampling.temperature if is_drawn else None,
+        top_p=None if all_of_it else sampling.top_p,
+    )
+
+
+def _prompts_to_read(texts: list[np.ndarray], size: int) -> np.ndarray:
+    """Return the texts (B, P), padded, each without its last token, the first that the loop takes."""
+    prompts = np.zeros((len(texts), _padded(max(map(len, texts)) - 1, size)), np.int32)
+    for row, text in zip(prompts, texts, strict=True):
+        row[: len(text) - 1] = text[:-1]
+    return prompts
+
+
+def _positions(texts: list[np.ndarray]) -> Any:
+    """Return the position of the last token of the texts: one for all, or (B,) where they differ."""
+    positions = np.array([len(text) - 1 for text in texts], np.int32)
+    return int(positions[0]) if (positions == positions[0]).all() else positions
 
 
 def likeliest_outputs(model: GPTModel, token_ids: list[int], vocab_size: int | None = None) -> list[int]:
@@ -126,12 +165,18 @@ def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
     if sampling.top_p is not None:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        likelier_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-        least_B1 = jnp.where(likelier_BV < sampling.top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        # Sorting takes as long as a small model: a program that can do both skips it where all are kept.
+        restricted = jnp.float32(sampling.top_p) < ALL
+        logits_BV = jax.lax.cond(restricted, _likeliest, lambda logits_BV, _: logits_BV, logits_BV, sampling.top_p)
     return logits_BV
+
+
+def _likeliest(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    likelier_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
+    least_B1 = jnp.where(likelier_BV < top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
 def _padded(length: int, max_length: int) -> int:
@@ -143,7 +188,8 @@ class TextEnds(NamedTuple):
     """The last token of each text, and its position."""
 
     last: Any  # (B,), token ids
-    position: Any  # of these
+    position: Any  # of these; (B,) where the texts are of different lengths
+    sample: Any  # (B,), the index of each among those of its prompt
     made: Any  # how many tokens were generated before
     ended: Any  # (B,), whether `stop_id` was among them
 
@@ -187,7 +233,6 @@ def decode(
 ) -> tuple[Cache, jax.Array]:
     """Generate `count` tokens after the texts; returns the cache and (B, TOKENS_PER_CALL)."""
     sampling, seed, stop_id = choice
-    samples_B = jnp.arange(len(ends.last))
 
     def add(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         cache, last_B, ended_B, tokens_BC = carry
@@ -197,7 +242,7 @@ def decode(
         if sampling.temperature is None:
             chosen_B = logits_BV.argmax(axis=-1)
         else:
-            keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + i))(samples_B)
+            keys_B = jax.vmap(lambda sample: _key(seed, sample, ends.made + i))(ends.sample)
             logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # so that no temperature makes the largest infinite
             chosen_B = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BV, sampling))
         chosen_B = jnp.where(ended_B, stop_id, chosen_B).astype(jnp.int32)
@@ -209,10 +254,12 @@ def decode(
 
 
 def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
-    """Return the logits (B, V), float32, after the token at `position`.
+    """Return the logits (B, V), float32, after the token at `position`, one for all or (B,).
 
     Also returns the cache with that token added.
     """
+    if jnp.ndim(position):
+        return jax.vmap(partial(_next_logits_of_one, model))(cache, last_B, position)
     old, new = iter(cache), []
 
     def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array) -> jax.Array:
@@ -225,6 +272,11 @@ def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.
 
     hidden_B1D = model.hidden_states(last_B[:, None], first_position=position, attend=attend)
     return model.unembed(hidden_B1D)[:, 0].astype(jnp.float32), new
+
+
+def _next_logits_of_one(model: GPTModel, cache: Cache, last: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
+    batch = jax.tree.map(lambda x: x[None], cache)
+    return jax.tree.map(lambda x: x[0], next_logits(model, batch, last[None], position))
 
 
 def _key(seed: jax.Array, sample: jax.Array, i: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # it needs NumPy, which a usage error does not wait for
     from outside_in.data.tokenizer import Tokenizer
 
 MAX_BYTES = 2**24  # no context is so long
+START = "Every effort moves you"
 
 
 def read_prompt(path: str) -> str:
@@ -28,12 +29,72 @@ def read_prompt(path: str) -> str:
     if len(content) > MAX_BYTES:
         raise ValueError(f"{name}: expected a prompt of at most {MAX_BYTES // 2**20} MiB, got more; shorten it")
     check_encoding(content[:PROBE_BYTES], name)
+    return decode_line(content, name)
+
+
+def decode_line(content: bytes, name: str = STANDARD_INPUT) -> str:
+    """Decode UTF-8 text without its last line end. Raises ValueError when it is none."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start:,} is 0x{content[error.start]:02x}"
         raise ValueError(f"{name}: expected UTF-8 text, but {byte}; convert it with iconv") from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_lines(path: str) -> list[str]:
+    """Read several prompts, one on each line; empty lines are left out. Raises ValueError when there are none."""
+    lines = [line.removesuffix("\r") for line in read_prompt(path).split("\n")]
+    if prompts := [line for line in lines if line]:
+        return prompts
+    raise ValueError(f"{STANDARD_INPUT if path == '-' else path}: expected a prompt on each line, found none")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is completed."""
+    options = parser.add_mutually_exclusive_group()
+    options.add_argument(
+        "--prompt",
+        action="append",
+        help=f"({START}); '': start a new text; -: read standard input; may be given several times",
+    )
+    options.add_argument(
+        "--prompt-file",
+        action="append",
+        metavar="PATH",
+        help="read the prompt from a file, without its last line end; -: standard input; may be given several times",
+    )
+    options.add_argument("--prompt-lines", metavar="PATH", help="read several prompts, one on each line of a file")
+    options.add_argument("--interactive", action="store_true", help="complete what you type, line by line")
+
+
+def chosen_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts that the options name. Raises ValueError when one cannot be read."""
+    if args.prompt_lines:
+        return read_lines(args.prompt_lines)
+    if args.prompt_file:
+        return [read_prompt(path) for path in args.prompt_file]
+    return [read_prompt("-") if prompt == "-" else prompt for prompt in args.prompt or [START]]
+
+
+def encode_prompt(
+    tokenizer: "Tokenizer", prompt: str, context_length: int, special: bool | None, name: str = "--prompt"
+) -> list[int]:
+    """Return the tokens of a prompt; an empty one starts a new text. Raises ValueError when they fill the context."""
+    notice_end(tokenizer, prompt, special)
+    ids = tokenizer.encode(prompt, special=bool(special)).tolist() or [tokenizer.end_of_text]
+    if len(ids) >= context_length:
+        raise ValueError(
+            f"{name}: expected fewer than {context_length:,} tokens, the context, got {len(ids):,}; shorten it"
+        )
+    return ids
+
+
+def notice_outgrown(num_tokens: int, context_length: int) -> None:
+    """Tell on standard error of a text that will be longer than the context."""
+    if num_tokens > context_length + 1:  # the last one need not be read
+        what = f"when the text fills the context of {context_length:,} tokens, only its second half is kept"
+        print(f"notice: {what}", file=sys.stderr)
 
 
 def add_special_tokens(parser: argparse.ArgumentParser) -> None:

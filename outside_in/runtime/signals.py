@@ -115,3 +115,25 @@ def listening(request: StopRequest, first_message: str, second_message: str) -> 
         writer.close()  # ends the thread
         thread.join()
         reader.close()
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Raise KeyboardInterrupt for Ctrl-C, SystemExit for SIGTERM and SIGHUP.
+
+    So the block can clean up. A signal that comes twice at once counts once.
+    """
+    came_at: dict[int, float] = dict.fromkeys(STOPPING, -REPEAT_SECONDS)
+
+    def handle(signum: int, _: object) -> None:
+        before, came_at[signum] = came_at[signum], time.monotonic()
+        if came_at[signum] - before >= REPEAT_SECONDS:
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+    handled = [signum for signum in STOPPING if signal.getsignal(signum) != signal.SIG_IGN]  # as under nohup
+    previous = {signum: signal.signal(signum, handle) for signum in handled}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

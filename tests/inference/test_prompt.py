@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from outside_in.data.tokenizer import gpt2
-from outside_in.inference.prompt import notice_end, read_prompt
+from outside_in.inference.prompt import notice_end, read_lines, read_prompt
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,32 @@ def test_what_is_no_prompt_is_named(tmp_path, content, complaint):
     assert complaint in str(caught.value) and str(caught.value).startswith(str(tmp_path / "prompt.txt"))
 
 
+def test_lines_are_prompts_and_empty_ones_are_none(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("One\r\n\nnaïve \n two\n".encode())
+    assert read_lines(str(path)) == ["One", "naïve ", " two"]
+    path.write_bytes(b"\n\n")
+    with pytest.raises(ValueError, match="expected a prompt on each line, found none"):
+        read_lines(str(path))
+
+
 def test_a_prompt_comes_from_standard_input():
     program = "from outside_in.inference.prompt import read_prompt; print(repr(read_prompt('-')))"
     finished = subprocess.run([sys.executable, "-c", program], input=b"naive\n", capture_output=True, cwd=ROOT)
     assert finished.stdout == b"'naive'\n"
 
 
-@pytest.mark.parametrize("options", [("--prompt", "x", "--prompt-file", "y"), ("--prompt-file", "nowhere")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--prompt", "x", "--prompt-file", "y"),
+        ("--prompt-file", "nowhere"),
+        ("--prompt-lines", "nowhere"),
+        ("--interactive", "--prompt", "x"),
+        ("--interactive", "--samples", "2"),
+    ],
+    ids=str,
+)
 def test_prompt_options_without_sense_are_one_line_and_exit_code_2(options, tmp_path):
     command = [sys.executable, ROOT / "test_generation.py", tmp_path, *options]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -6,7 +6,7 @@ import time
 import pytest
 from helpers import ROOT
 
-from outside_in.runtime.signals import REPEAT_SECONDS, StopRequest, listening
+from outside_in.runtime.signals import REPEAT_SECONDS, StopRequest, listening, raising
 
 pytestmark = pytest.mark.slow
 
@@ -162,3 +162,20 @@ def test_a_hangup_that_comes_twice_is_one_request():
         time.sleep(0.2)
     output, errors, code = finish(process)
     assert (code, "block ended 1" in output, SECOND in errors) == (129, True, False)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+    ids=str,
+)
+def test_a_signal_that_is_raised_lets_the_block_clean_up_once(number, error):
+    before, cleaned_up = signal.getsignal(number), []
+    with pytest.raises(error) as caught, raising():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # as `uv run` sends it
+            cleaned_up.append(True)
+    assert cleaned_up and signal.getsignal(number) is before
+    assert error is KeyboardInterrupt or caught.value.code == 128 + number
