@@ -16,7 +16,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import jax
 import pytest
 from helpers import TINY_MODEL, TINY_TRAIN, Finished, captured_log, random_tokens
-from hub import point_client_at, serve  # noqa: F401
+from hub import point_client_at, serve, upload_hub  # noqa: F401
 from safetensors.numpy import save_file
 
 import model

@@ -1,10 +1,13 @@
 """The Hub as a server on this machine, which the real client talks to."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
+import json
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pytest
@@ -150,6 +153,146 @@ class Broken(Hub):
 
     def do_HEAD(self):
         self.close_connection = True
+
+
+class UploadHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a push needs. Large files go by Git LFS, since a client without Xet sends them so."""
+
+    def do_GET(self):
+        self.answer_as_the_hub()
+
+    def do_POST(self):
+        self.answer_as_the_hub()
+
+    def do_PUT(self):
+        self.answer_as_the_hub()
+
+    def answer_as_the_hub(self):
+        store, path = self.server.store, self.path.split("?")[0]
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        store.requests.append(f"{self.command} {path}")
+        name, _, action = path.removeprefix("/api/models").strip("/").partition(".git/")
+        name, action = "/".join(name.split("/")[:2]), action or "/".join(name.split("/")[2:])
+        if status := next((status for part, status in store.refuses.items() if part in path), None):
+            self.send_json({"error": "refused"}, status)
+        elif path == "/api/validate-yaml":
+            self.send_json({"errors": [], "warnings": []})
+        elif path.startswith("/lfs/"):
+            store.objects[hashlib.sha256(content).hexdigest()] = content
+            self.send_json({})
+        elif self.headers.get("Authorization") != f"Bearer {store.token}":
+            self.send_json({"error": "Invalid username or password."}, 401)
+        elif path == "/api/repos/create":
+            asked = json.loads(content)
+            name = f"{asked['organization']}/{asked['name']}"
+            status = 409 if name in store.models else 200
+            store.models.setdefault(name, Model(asked["visibility"] == "private", {}, []))
+            self.send_json({"url": f"{self.address}/{name}"}, status)
+        elif name not in store.models:
+            self.send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        elif action.startswith("preupload"):
+            self.send_json({"files": [self.described(name, file) for file in json.loads(content)["files"]]})
+        elif action == "info/lfs/objects/batch":
+            self.send_json({"objects": [self.upload_of(wanted) for wanted in json.loads(content)["objects"]]})
+        elif action.startswith("commit"):
+            self.commit(name, [json.loads(line) for line in content.splitlines()])
+        else:
+            model = store.models[name]
+            self.send_json({"id": name, "private": model.is_private, "sha": model.sha, "siblings": [], "tags": []})
+
+    def described(self, name, file):
+        known = self.server.store.models[name].files.get(file["path"])
+        if is_large := file["path"].endswith(".safetensors"):
+            oid = known and hashlib.sha256(known).hexdigest()
+        else:
+            oid = known and hashlib.sha1(b"blob %d\0" % len(known) + known).hexdigest()
+        mode = "lfs" if is_large else "regular"
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def upload_of(self, wanted):
+        upload = {"href": f"{self.address}/lfs/{wanted['oid']}"}
+        return wanted if wanted["oid"] in self.server.store.objects else wanted | {"actions": {"upload": upload}}
+
+    def commit(self, name, operations):
+        model = self.server.store.models[name]
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "header":
+                model.commits.append(value["summary"])
+            elif operation["key"] == "file":
+                model.files[value["path"]] = base64.b64decode(value["content"])
+            else:  # of what went by Xet, only the SHA-256 is known
+                model.files[value["path"]] = self.server.store.objects.get(value["oid"], value["oid"].encode())
+        self.send_json({"commitUrl": f"{self.address}/{name}/commit/{model.sha}", "commitOid": model.sha})
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def send_json(self, content, status=200, headers=()):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for header, value in (
+            {"Content-Type": "application/json", "Content-Length": len(body)} | dict(headers)
+        ).items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class XetHub(UploadHub):
+    """The same, for a client with Xet, which sends large files as compressed chunks to another server."""
+
+    def answer_as_the_hub(self):
+        if "/xet-write-token/" in self.path:
+            self.send_json({"casUrl": f"{self.address}/cas", "accessToken": "t", "exp": 2**40})
+        elif self.path.startswith("/cas/"):
+            self.server.store.bytes_by_xet += len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            known = {"/cas/v1/xorbs/": {"was_inserted": True}, "/cas/v1/shards": {"result": 1}}
+            content = next((answer for path, answer in known.items() if self.path.startswith(path)), None)
+            self.send_json(content, 200 if content else 404)
+        else:
+            super().answer_as_the_hub()
+
+
+@dataclass
+class Model:
+    """A model on the Hub."""
+
+    is_private: bool
+    files: dict[str, bytes]
+    commits: list[str]
+
+    @property
+    def sha(self):
+        return f"{len(self.commits):040x}"
+
+
+@dataclass
+class Store:
+    """What a Hub that takes uploads has, and what it was asked for."""
+
+    address: str
+    token: str = "hf_write"
+    models: dict[str, Model] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
+    refuses: dict[str, int] = field(default_factory=dict)  # a status by a part of an address
+    requests: list[str] = field(default_factory=list)
+    bytes_by_xet: int = 0
+
+
+@pytest.fixture
+def upload_hub(serve, tmp_path, monkeypatch):
+    """Be a Hub that takes uploads, with a token that it knows; returns what it has."""
+    server = serve(XetHub)
+    server.store = Store(f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", server.store.token)
+    return server.store
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Imports a GPT-2 as a run, and exports a run for `transformers`."""
 
 import json
+import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
 from outside_in.data.tokenizer import TOKENIZER_FILE
 from outside_in.huggingface import gpt2_names, tokenizer_formats
+from outside_in.huggingface.upload import upload
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
-from outside_in.runtime import cli
+from outside_in.runtime import cli, signals
 from outside_in.storage import manifest
 from outside_in.storage.atomic import atomic_directory
 from outside_in.storage.checkpoint_folder import find_checkpoints, find_named
@@ -142,6 +145,30 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
     It has weights, configs, tokenizer files and a model card. Returns the exit code.
     """
     path = find_checkpoint(source, which)
+    parameters = write_export(path, target, str(target))
+    print(f"{target}: {parameters:,} parameters of {path}")
+    if find_tokenizer(path):
+        print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
+    return cli.DONE
+
+
+def push_run(source: Path, name: str, which: str | None, *, token: str, public: bool) -> int:
+    """Upload what `export_folder` writes to the Hub as the model `name`. Returns the exit code."""
+    path = find_checkpoint(source, which)
+    with signals.raising(), tempfile.TemporaryDirectory(prefix="outside-in-push-") as above:
+        folder = Path(above) / "export"
+        parameters = write_export(path, folder, name)
+        print(f"{name}: {parameters:,} parameters of {path}", flush=True)
+        message = f"{source.resolve().name}: {path.resolve().parent.name}"
+        print(upload(folder, name, token, message, public=public))
+    return cli.DONE
+
+
+def write_export(path: Path, target: Path, name: str) -> int:
+    """Write the folder of an export; returns how many parameters it has.
+
+    `path` is a weights file, and `name` that by which the model will be loaded. Raises ValueError when it is no GPT-2.
+    """
     model = load_saved_model(path)
     config, tokenizer = model.config, find_tokenizer(path)
     try:
@@ -157,11 +184,8 @@ def export_folder(source: Path, target: Path, which: str | None) -> int:
         if tokenizer:
             tokenizer_formats.write(staging, tokenizer, config)
         parameters = count_parameters(config)
-        (staging / "README.md").write_text(model_card(target, path, config, parameters), encoding="utf-8")
-    print(f"{target}: {parameters:,} parameters of {path}")
-    if tokenizer:
-        print(f"lm_eval --model hf --model_args pretrained={target} --tasks hellaswag,lambada_openai")
-    return cli.DONE
+        (staging / "README.md").write_text(model_card(name, path, config, parameters), encoding="utf-8")
+    return parameters
 
 
 def find_checkpoint(source: Path, which: str | None) -> Path:
@@ -175,10 +199,11 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
     raise ValueError(f"{source}: no checkpoint {which!r}; available: {names}")
 
 
-def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int) -> str:
+def model_card(name: str, weights: Path, config: ModelConfig, parameters: int) -> str:
     """Return the README.md of an exported model.
 
-    It says what the model is and how it was trained, as far as its checkpoint records that.
+    It says what the model is and how it was trained, as far as its checkpoint records that. `name` is that by which the
+    model is loaded.
     """
     folder = weights.resolve().parent
     meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
@@ -193,6 +218,7 @@ def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int
         "tokens seen": meta.get("tokens_seen"),
         "training loss, mean of the last period": meta.get("avg_train_loss"),
         "validation loss": meta.get("val_loss"),
+        "validation loss, bits per byte": _bits_per_byte(meta),
         "peak learning rate": train.get("learning_rate"),
         "weight decay": train.get("weight_decay"),
         "dropout": train.get("drop_rate"),
@@ -202,7 +228,15 @@ def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int
         "device": meta.get("versions", {}).get("device"),
     }
     rows = [f"| {what} | {_shown(value)} |" for what, value in figures.items() if value is not None]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {target.name}", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {Path(name).name}",
+        "",
+    ]
     lines += [
         f"A GPT-2 of {parameters:,} parameters, {origin}: {counted(config.n_layers, 'layer')}, "
         f"{counted(config.n_heads, 'head')}, width "
@@ -211,8 +245,13 @@ def model_card(target: Path, weights: Path, config: ModelConfig, parameters: int
         "",
         *(["| | |", "|---|---|", *rows, ""] if rows else []),
     ]
-    call = f'model = AutoModelForCausalLM.from_pretrained("{target}")'
+    call = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
     return "\n".join([*lines, "```python", "from transformers import AutoModelForCausalLM", "", call, "```", ""])
+
+
+def _bits_per_byte(meta: dict[str, Any]) -> float | None:
+    loss, bytes_per_token = meta.get("val_loss"), meta.get("bytes_per_token")  # which older checkpoints lack
+    return loss / math.log(2) / bytes_per_token if loss and bytes_per_token else None
 
 
 def _shown(value: Any) -> str:

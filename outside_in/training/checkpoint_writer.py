@@ -208,6 +208,7 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
         "max_train_loss": max(losses, default=None),
         "avg_train_loss": statistics.fmean(losses) if losses else None,
         "val_loss": last.get("val_loss"),
+        "bytes_per_token": state.bytes_per_token,
         "tokens_seen": last["tokens_seen"],
         "seconds_trained": round(state.seconds, 1),
         "seconds_paused": round(state.seconds_paused, 1),
