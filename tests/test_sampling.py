@@ -245,11 +245,11 @@ def test_each_shape_is_compiled_once():
 
 
 def test_a_given_size_of_the_cache_and_every_top_p_need_no_other_program():
-    model = tiny_model()
-    options = {"size": CONTEXT_LENGTH, "stop_id": 3}
+    model = tiny_model(context_length=64)
+    options = {"size": 64, "stop_id": 3}
     generate(model, PROMPT, num_tokens=7, sampling=Sampling(1.0, top_p=ALL), **options)
     sizes = generation.prefill._cache_size(), generation.decode._cache_size()
-    for num_tokens, temperature, top_p in [(1, 0.7, 0.5), (12, 1e-30, 0.9), (30, 3.0, ALL)]:
+    for num_tokens, temperature, top_p in [(1, 0.7, 0.5), (12, 1e-30, 0.9), (50, 3.0, ALL)]:
         found = generate(model, PROMPT, num_tokens, sampling=Sampling(temperature, top_p=top_p), seed=4, **options)
         assert (generation.prefill._cache_size(), generation.decode._cache_size()) == sizes
         plain = Sampling(temperature, top_p=None if top_p == ALL else top_p)
