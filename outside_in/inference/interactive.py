@@ -119,7 +119,7 @@ class Session:
                 if stop:
                     break
                 print(text, end="", flush=True)
-        print()
+        print(flush=True)
         if stop and stop.received_signal != signal.SIGINT:
             raise SystemExit(stop.exit_code)
 
