@@ -93,7 +93,7 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_default(
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_key_that_may_change_within_a_run_may_change_at_a_start(make_run, key):
     value = VALUES.get(key, 7 if TrainConfig.leaves()[key].annotation is not float else 0.125)
-    run = RunDirectory(make_run(train={"schedule": "wsd"}))  # which uses every key of schedules
+    run = RunDirectory(make_run(train={"schedule": "wsd", "optimizer": "muon"}))  # which use every key
     _, config, _ = overrides.load_run(run, overrides.as_arguments({key: value}))
     assert overrides.in_effect([key], config) == {key: value}
     assert json.loads(json.dumps(overrides.in_effect([key], config))) == {key: value}
