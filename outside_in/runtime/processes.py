@@ -138,9 +138,14 @@ def _max(values: jax.Array) -> jax.Array:
 
 
 def device_put_global(array: Any, sharding: Any) -> jax.Array:
-    """Put an array that every process has on the devices. Each process brings the parts of its devices."""
+    """Put an array on the devices.
+
+    Each process brings the parts of its devices, of an array that it has whole or that is on all devices already.
+    """
     if not is_distributed() or sharding is None:
         return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return jax.jit(lambda x: x, out_shardings=sharding)(array)
     on_host = np.asarray(array)
     return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from outside_in.storage import atomic
 from outside_in.storage.records import Record, Records, chunked
 
-MAX_LINE_BYTES = 100_000  # bytes; a record has some hundred
+MAX_LINE_BYTES = 1_000_000  # bytes; a record has some hundred, with norms of many layers more
 
 NUMBERS = {"clipped", "learning_rate", "rejected", "rejected_updates", "seconds", "tokens_seen"}  # in every record
 NULLABLE = {"gradient_norm", "loss"}  # as well, null where they were not finite

@@ -110,8 +110,9 @@ def alone(tmp_path_factory):
 SAMPLE = "from outside_in.training import checkpoint_writer\ncheckpoint_writer.sample = lambda state: ['a text']"
 
 
-def test_two_processes_train_as_one_device_and_the_first_alone_speaks_and_samples(make_run, call_program, alone):
-    run = make_run(model=LARGER, train=SPREAD)
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 4}], ids=str)  # within one, over both
+def test_two_processes_train_as_one_device_and_the_first_alone_speaks_and_samples(make_run, call_program, alone, mesh):
+    run = make_run(model=LARGER, train=SPREAD | {"mesh": mesh})
     with both_processes(run, patch=SAMPLE) as both:
         codes, (first, second) = ended(both)
     assert codes == [0, 0], first + second
