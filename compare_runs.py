@@ -1,4 +1,4 @@
-"""Compare runs in a chart and a table: `uv run compare_runs.py RUN…`."""
+"""Compare runs in a chart, a page and a table: `uv run compare_runs.py RUN…`."""
 
 import argparse
 from pathlib import Path
@@ -14,6 +14,8 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"{path}: expected a run or a folder of runs, found no train.json there; name another")
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
+    if args.output.suffix == ".html":  # the page's, which stands beside it
+        raise ValueError(f"{args.output}: expected the chart's name, FILE.png; the page gets the same with .html")
     runs = list({run.path.resolve(): run for path in args.runs for run in find_runs(path)}.values())
     from outside_in.reports.comparison import compare  # with JAX, which takes seconds to import: not for a usage error
 
@@ -22,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Draw several runs on one chart and print them as one table.")
+    parser = cli.ArgumentParser(description="Draw several runs on one chart and one page, and print them as one table.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--x", choices=X_LABELS, default="tokens", help="the horizontal axis (tokens)")
     parser.add_argument(
@@ -33,7 +35,7 @@ def make_parser() -> cli.ArgumentParser:
         type=Path,
         default=Path(COMPARISON),
         metavar="FILE.png",
-        help=f"the chart ({COMPARISON})",
+        help=f"the chart ({COMPARISON}); the page stands beside it",
     )
     return parser
 

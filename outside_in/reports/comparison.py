@@ -17,8 +17,9 @@ from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import load_config
 from outside_in.data.hub import HUB
 from outside_in.overrides import as_trained
-from outside_in.reports import markdown
+from outside_in.reports import markdown, page
 from outside_in.reports.charts import Curve, draw_comparison, over_steps
+from outside_in.reports.comparison_page import ComparedRun, comparison_page
 from outside_in.reports.labels import X_LABELS
 from outside_in.reports.series import Series
 from outside_in.reports.time_to_loss import Reached, reach
@@ -26,6 +27,7 @@ from outside_in.storage import metrics
 from outside_in.storage.records import Records
 from outside_in.storage.run_directory import RunDirectory
 
+NOT_COMPARABLE = "* other data, objective or vocabulary than most runs here: losses are not comparable"
 Column = Callable[["RunResult"], str]
 
 
@@ -85,11 +87,10 @@ class RunResult:
 
 
 def compare(runs: list[RunDirectory], x: str, chart: Path, to_loss: float | None = None) -> list[str]:
-    """Draw the chart and return the lines to print.
+    """Draw the chart and the page beside it, and return the lines to print.
 
-    Those are the table, and which runs were skipped. `x` is the chart's horizontal axis, a key of `X_LABELS`. With
-    `to_loss`, the table says what each run took to reach that validation loss. Raises ValueError when no run has
-    metrics.
+    Those are the table, and which runs were skipped. `x` is the horizontal axis, a key of `X_LABELS`. With `to_loss`,
+    the table says what each run took to reach that validation loss. Raises ValueError when no run has metrics.
     """
     found = {run: read(run) for run in runs}
     trained = [run for run in found.values() if run]
@@ -99,7 +100,12 @@ def compare(runs: list[RunDirectory], x: str, chart: Path, to_loss: float | None
     curves = [_curve(run, names[run.run], x, is_comparable=run not in apart) for run in trained]
     draw_comparison(chart, curves, x_label=X_LABELS[x])
     skipped = [f"{run.path}: no metrics yet, skipped" for run, read_run in found.items() if read_run is None]
-    return [*table(trained, to_loss), "", *skipped, f"chart: {chart}"]
+    compared = [
+        ComparedRun(names[run.run], run.records, dict(run.model_config) | dict(run.config), run not in apart)
+        for run in trained
+    ]
+    page.write(path := chart.with_suffix(".html"), comparison_page(chart.stem, compared, *results(trained, to_loss), x))
+    return [*table(trained, to_loss), "", *skipped, f"chart: {chart}", f"page: {path}"]
 
 
 def read(run: RunDirectory) -> RunResult | None:
@@ -137,9 +143,18 @@ def not_comparable(runs: list[RunResult]) -> list[RunResult]:
 
 def table(runs: list[RunResult], to_loss: float | None = None) -> list[str]:
     """Return the lines of a Markdown table. Runs that are not comparable are marked."""
+    columns, rows = results(runs, to_loss)
+    lines = markdown.table(columns, [[cell.replace("*", "\\*") for cell in row] for row in rows])
+    if not_comparable(runs):
+        lines += ["", f"\\{NOT_COMPARABLE}"]
+    return lines
+
+
+def results(runs: list[RunResult], to_loss: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the table."""
     marked, names = not_comparable(runs), labels(runs)
     columns: dict[str, Column] = {
-        "run": lambda run: names[run.run] + (" \\*" if run in marked else ""),
+        "run": lambda run: names[run.run] + (" *" if run in marked else ""),
         "parameters": lambda run: f"{count_parameters(run.model_config):,}",
         "tokens": lambda run: f"{run.records.last['tokens_seen']:,}",
         "training loss": lambda run: _loss(run.average_loss),
@@ -159,13 +174,7 @@ def table(runs: list[RunResult], to_loss: float | None = None) -> list[str]:
         }
         for name, show in shown.items():
             columns[name] = lambda run, show=show: show(at) if (at := reached[run.run]) else "–"
-    lines = markdown.table(list(columns), [[column(run) for column in columns.values()] for run in runs])
-    if marked:
-        lines += [
-            "",
-            "\\* other data, objective or vocabulary than most runs here: losses are not comparable",
-        ]
-    return lines
+    return list(columns), [[column(run) for column in columns.values()] for run in runs]
 
 
 def labels(runs: list[RunResult]) -> dict[RunDirectory, str]:

@@ -4,6 +4,8 @@ import ctypes
 import logging
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,13 @@ def bytes_available() -> float:
     if device.platform == "cpu":
         return memory_bytes()
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that the first device has had in use; on a CPU, that this process has."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compiler_options() -> dict[str, bool]:

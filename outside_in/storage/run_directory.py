@@ -64,6 +64,10 @@ class RunDirectory:
         """Return where a run notes what the loggers have."""
         return self.path / "loggers.json"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def rejected(self, global_step: int) -> Path:
         """Return the path of a rejected update's record."""
         return self.path / f"rejected-{global_step}.json"

@@ -21,15 +21,15 @@ import checkpointing
 from outside_in.data.loader import TokenStream
 from outside_in.inference.evaluation import compile_for, mean_loss
 from outside_in.inference.generation import Sampling, generate, likeliest_outputs
-from outside_in.reports import charts
 from outside_in.runtime import processes
+from outside_in.runtime.devices import peak_memory_bytes
 from outside_in.runtime.log import log
 from outside_in.storage import samples
 from outside_in.storage.checkpoint_folder import beats
 from outside_in.storage.metrics import finite
-from outside_in.storage.records import Records
 from outside_in.storage.text import counted
 from outside_in.train_step import Compiled
+from outside_in.training import pictures
 from outside_in.training.state import TrainState
 from outside_in.weights import on_one_device
 
@@ -157,7 +157,8 @@ class CheckpointWriter:
             try:
                 log_checkpoint(meta, state.bytes_per_token, checkpoint, time.monotonic() - started)
                 checkpointing.repair_links_and_prune(run.checkpoints, state.config.keep_checkpoints if prune else None)
-                draw_charts(state, records)
+                pictures.draw_charts(state, records)
+                pictures.write_page(state, records)
             except Exception as error:  # none of this is worth the training
                 log.warning(f"the checkpoint is saved, but pruning or drawing charts failed: {error}")
 
@@ -217,6 +218,8 @@ def describe_period(state: TrainState, is_milestone: bool) -> dict[str, Any]:
         "clipped_fraction": statistics.fmean(clipped),
         "rejected_updates": last["rejected_updates"],
         "is_milestone": is_milestone,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "events": state.events,
         "sequences_per_step": state.sequences_per_step,
         **state.snapshot,
     }
@@ -245,20 +248,6 @@ def sample(state: TrainState) -> list[str]:
     sampling = replace(SAMPLING, vocab_size=tokenizer.vocab_size)
     completions = generate(model, prompt_ids, num_tokens, SAMPLES, sampling=sampling, seed=SAMPLE_SEED, stop_id=end)
     return [prompt + "".join(tokenizer.decode_stream([ids], end)) for ids in completions.tolist()]
-
-
-def draw_charts(state: TrainState, records: Records) -> None:
-    run, config, title = state.run, state.config, state.run.path.name
-    charts.draw_loss(
-        run.loss_chart,
-        records,
-        interval=config.checkpoint_interval,
-        title=title,
-        reference_losses=state.reference_losses,
-        bytes_per_token=state.bytes_per_token,
-    )
-    charts.draw_learning_rate(run.learning_rate_chart, records, title=title)
-    charts.draw_gradient_norm(run.gradient_norm_chart, records, clipping_max_norm=config.clipping_max_norm, title=title)
 
 
 def log_checkpoint(

@@ -24,6 +24,7 @@ from outside_in.storage.run_directory import RunDirectory
 from outside_in.training import resume_checks
 from outside_in.training.loop import train
 from outside_in.training.monitor import StepMonitor
+from outside_in.training.pictures import page_of
 from outside_in.training.setup import Plan, build, plan_run, restore, start
 from outside_in.training.state import TrainState
 from outside_in.training.summary import describe_end
@@ -67,11 +68,8 @@ def run_training(
     else:
         start(state)
     resume_line = f"type the same line again ({train_line(args.run, args.changes)})"
-    with listening(
-        stop,
-        "stopping after this step; a second Ctrl-C exits at once",
-        f"exited at once; to resume from the last checkpoint, {resume_line}",
-    ):
+    leaving = f"exited at once; to resume from the last checkpoint, {resume_line}"
+    with listening(stop, "stopping after this step; a second Ctrl-C exits at once", leaving), page_of(state):
         train(state, stop, monitor)
         stop.apply(processes.all_max(stop.pending_stop()))  # what came too late for the last step
     return report(state, stop, resume_line)

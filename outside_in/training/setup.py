@@ -37,7 +37,7 @@ from outside_in.storage import manifest, samples
 from outside_in.storage.checkpoint_folder import beats
 from outside_in.storage.metrics import MetricsLog
 from outside_in.storage.run_directory import RunDirectory, find_runs
-from outside_in.training import resume_checks
+from outside_in.training import events, resume_checks
 from outside_in.training.state import TrainState, forget_after, set_history_aside
 from outside_in.weights import load_model
 
@@ -180,6 +180,7 @@ def start(state: TrainState) -> None:
     """Start a new run, without history, from `initial_weights` if set."""
     with processes.propagate_errors():
         load_initial_weights(state)
+        state.events = events.started(state.snapshot)
         set_history_aside(state)
         forget_after(state, 0)
 
@@ -210,8 +211,12 @@ def restore(checkpoint: Checkpoint, state: TrainState, *, accept: bool, commit_a
     state.global_step = state.saved_step = checkpoint.global_step
     state.seconds_before = checkpoint.meta["seconds_trained"]
     state.seconds_paused = checkpoint.meta.get("seconds_paused", 0.0)
+    state.events = events.resumed(checkpoint.meta, state.snapshot)
     if commit_again:
-        meta, model_json = checkpoint.meta | state.snapshot, state.model_config.model_dump_json()
+        meta, model_json = (
+            checkpoint.meta | state.snapshot | {"events": state.events},
+            state.model_config.model_dump_json(),
+        )
         before = [other for other in checkpointing.find_checkpoints(state.run.checkpoints) if other <= checkpoint]
         is_best_now = checkpoint.is_validated and beats(meta, state.measure, before)  # better ones may be gone
         meta["is_best"] = checkpoint.is_best or is_best_now

@@ -19,6 +19,7 @@ from outside_in.storage import samples
 from outside_in.storage.metrics import MetricsLog
 from outside_in.storage.records import Records
 from outside_in.storage.run_directory import RunDirectory
+from outside_in.training.events import Event
 
 RECENT = 20  # steps over which tokens per second is taken
 
@@ -42,6 +43,7 @@ class TrainState:
     reference_losses: dict[str, float]  # in nats
     time_budget: TimeBudget  # of this process
     metrics: MetricsLog
+    events: list[Event] = field(default_factory=list)  # what happened so far
     global_step: int = 0
     saved_step: int = 0  # of the newest checkpoint that is whole on the disk
     needs_validation: bool = False  # the newest checkpoint is of a milestone, but the user left before it was validated

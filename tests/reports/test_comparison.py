@@ -11,6 +11,7 @@ from outside_in.storage.run_directory import RunDirectory
 # vocabulary 101, width 32, context 16, one layer: embeddings and head 2·101·32, positions 16·32, three norms 3·2·32,
 # attention 3·32² and 32² + 32, feed-forward 4·32² + 128 and 4·32² + 32
 TINY_PARAMETERS = 6_464 + 512 + 192 + 3_072 + 1_056 + 4_224 + 4_128
+WRITTEN = {"chart": "chart.png", "page": "chart.html"}
 
 
 def record(step, loss, *, seconds=0.5, rejected_updates=0, **more):
@@ -205,7 +206,8 @@ def test_the_program_expands_folders_and_writes_the_chart(trained, call_program,
     finished = call_program("compare_runs", tmp_path, tmp_path / "one" / "..", "--output", tmp_path / "chart.png")
     assert finished.returncode == 0
     assert [cells(line)[0] for line in finished.stdout.splitlines()[2:4]] == ["one", "two"]
-    assert finished.stdout.splitlines()[-1] == f"chart: {tmp_path / 'chart.png'}"
+    assert finished.stdout.splitlines()[-2:] == [f"{what}: {tmp_path / name}" for what, name in WRITTEN.items()]
+    assert '"runs":["one","two"]' in (tmp_path / "chart.html").read_text()
 
 
 @pytest.mark.parametrize("output", [".", "missing/chart.png"])
@@ -213,6 +215,12 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(trained, call_progra
     finished = call_program("compare_runs", trained("one", [record(1, 4.0)]).path, "--output", output)
     assert finished.returncode == 2
     assert finished.stderr.startswith(f"error: {output}: expected a file in a folder that exists")
+
+
+def test_a_chart_that_would_have_the_name_of_the_page_is_one_clear_line(trained, call_program, tmp_path):
+    finished = call_program("compare_runs", trained("one", [record(1, 4.0)]).path, "--output", tmp_path / "c.html")
+    assert finished.returncode == 2 and not (tmp_path / "c.html").exists()
+    assert finished.stderr.startswith(f"error: {tmp_path / 'c.html'}: expected the chart's name")
 
 
 @pytest.mark.parametrize("name", ["missing", "tokens"])

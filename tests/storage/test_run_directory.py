@@ -43,6 +43,7 @@ def another_process_training(folder):
         ("loss_chart", "loss-chart.png"),
         ("learning_rate_chart", "learning-rate-chart.png"),
         ("gradient_norm_chart", "gradient-norm-chart.png"),
+        ("report", "report.html"),
     ],
 )
 def test_the_files_are_where_the_design_puts_them(tmp_path, name, file):

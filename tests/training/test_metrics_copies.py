@@ -21,7 +21,7 @@ from outside_in.config import LogTo
 from outside_in.reports import loggers
 from outside_in.reports.loggers import LOGGERS, PROJECT
 from outside_in.storage import metrics
-from outside_in.training import checkpoint_writer
+from outside_in.training import checkpoint_writer, pictures
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def train(call_program):
 @pytest.fixture(autouse=True)
 def a_sample_of_any_vocabulary(monkeypatch):
     monkeypatch.setattr(checkpoint_writer, "sample", lambda state: [f"*one* {state.global_step}", "<b>two"])
-    monkeypatch.setattr(checkpoint_writer, "draw_charts", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_charts", lambda *_: None)
 
 
 def in_tensorboard(run):
