@@ -32,13 +32,13 @@ def test_the_progress_bar_shows_speed_and_mfu_where_the_peak_is_known(train, mak
     monkeypatch.setattr(progress.Progress, "is_bar", True)
     finished = train(make_run())
     assert re.search(line, finished.stdout) and ("peak" in finished.stdout) == (kind != "cpu")
-    assert re.search(rf"loss \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
+    assert re.search(rf"loss of this step \d\.\d{{4}}, [\d,]+ {shown}", finished.stderr.splitlines()[-1])
 
 
 def test_in_a_file_progress_is_a_line_now_and_then(train, make_run, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     finished = train(make_run())
-    assert re.search(r"step \d+ of 12: loss \d\.\d{4}, [\d,]+ tokens/s\n", finished.stdout)
+    assert re.search(r"step \d+ of 12: loss of this step \d\.\d{4}, [\d,]+ tokens/s\n", finished.stdout)
     assert "\r" not in finished.stdout + finished.stderr and "step/s" not in finished.stderr
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1000)
     assert not re.search(r"step \d+ of 12:", train(make_run("other")).stdout)
