@@ -197,7 +197,7 @@ def _loss(loss: float | None) -> str:
 
 
 def _perplexity(loss: float | None) -> str:
-    return "–" if loss is None else f"{math.exp(min(loss, 700)):,.4g}"
+    return "–" if loss is None else f"{math.exp(min(loss, 700)):#,.4g}"
 
 
 def _clock(seconds: float) -> str:
