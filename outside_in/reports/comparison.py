@@ -143,18 +143,17 @@ def not_comparable(runs: list[RunResult]) -> list[RunResult]:
 
 def table(runs: list[RunResult], to_loss: float | None = None) -> list[str]:
     """Return the lines of a Markdown table. Runs that are not comparable are marked."""
-    columns, rows = results(runs, to_loss)
-    lines = markdown.table(columns, [[cell.replace("*", "\\*") for cell in row] for row in rows])
+    lines = markdown.table(*results(runs, to_loss, mark="\\*"))
     if not_comparable(runs):
         lines += ["", f"\\{NOT_COMPARABLE}"]
     return lines
 
 
-def results(runs: list[RunResult], to_loss: float | None = None) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of the table."""
+def results(runs: list[RunResult], to_loss: float | None = None, mark: str = "*") -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the table. The `mark` is on runs that are not comparable."""
     marked, names = not_comparable(runs), labels(runs)
     columns: dict[str, Column] = {
-        "run": lambda run: names[run.run] + (" *" if run in marked else ""),
+        "run": lambda run: names[run.run] + (f" {mark}" if run in marked else ""),
         "parameters": lambda run: f"{count_parameters(run.model_config):,}",
         "tokens": lambda run: f"{run.records.last['tokens_seen']:,}",
         "training loss": lambda run: _loss(run.average_loss),

@@ -46,10 +46,7 @@ def comparison_page(title: str, runs: Sequence[ComparedRun], columns: list[str],
             page_charts.learning_rate_chart(lines(lambda records: over_steps(records, "learning_rate"))),
             page_charts.speed_chart(lines(lambda records: page_charts.speed(records)[0])),
         ],
-        tables=[
-            table("Results", columns, rows),
-            table("What differs", ["key", *(run.name for run in runs)], _differences(runs)),
-        ],
+        tables=[table("Results", columns, rows), *_differences(runs)],
     )
 
 
@@ -71,7 +68,8 @@ def _loss_lines(index: int, run: ComparedRun) -> list[dict[str, Any]]:
     return [smooth, page_charts.line(run.name, validation, DOTS, run=index, color=index)]
 
 
-def _differences(runs: Sequence[ComparedRun]) -> list[list[str]]:
-    """Return the keys that are not the same in all runs, with their values."""
+def _differences(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
+    """Return a table of the keys that are not the same in all runs; none if there are none."""
     values = {key: [json.dumps(run.config[key], default=dict) for run in runs] for key in runs[0].config}
-    return [[key, *of_runs] for key, of_runs in values.items() if len(set(of_runs)) > 1]
+    rows: list[list[Any]] = [[key, *of_runs] for key, of_runs in values.items() if len(set(of_runs)) > 1]
+    return [table("What differs", ["key", *(run.name for run in runs)], rows)] if rows else []

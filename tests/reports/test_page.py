@@ -166,4 +166,5 @@ def test_the_page_of_several_runs_has_a_line_for_each_and_what_differs_between_t
     ]
     assert [(line["run"], line["color"]) for line in norms["lines"]] == [(0, 0), (1, 1), (2, 2)]
     assert page.tables[1]["rows"] == [["epochs", "2", "3", "3"]]
+    assert comparison_page("same", runs[2:], ["run"], [], "tokens").tables[1:] == []
     assert page.reload_seconds is None and page.x == "tokens" and len(page.clocks) == 3
