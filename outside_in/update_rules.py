@@ -11,6 +11,7 @@ import optax
 from optax import contrib
 
 from outside_in.config import TrainConfig
+from outside_in.config_files import MAX_COUNT
 
 MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
 BLOCKS = "blocks"  # the part of a parameter's name that says that it is a block's
@@ -61,6 +62,8 @@ RULES: dict[str, Callable[[TrainConfig, Any], optax.GradientTransformation]] = {
 
 def count_moments(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> int:
     """Count the numbers that a rule remembers of parameters with these names and shapes."""
+    if (parameters := sum(map(math.prod, shapes.values()))) > MAX_COUNT:
+        return 2 * parameters  # about: JAX cannot count so far, and no device holds them
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     state = jax.eval_shape(RULES[config.optimizer](config, config.learning_rate).init, params)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(state))

@@ -87,10 +87,11 @@ def refuse(run: RunDirectory, model: ModelConfig, train: TrainConfig, mesh: Mesh
 
 def check_fits(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
     """Raise ValueError when a device cannot hold the parameters, their moments, and one hidden state."""
-    parameters = sum(map(math.prod, parameter_shapes(model).values()))
+    shapes = parameter_shapes(model)
+    parameters = sum(map(math.prod, shapes.values()))
     hidden = train.microbatch_size * model.context_length * model.emb_dim
-    moments = count_moments(train, parameter_shapes(model))
-    if 4 * (parameters + moments) // mesh.shape[FSDP] + 2 * hidden > bytes_available():
+    state = parameters + count_moments(train, shapes)
+    if 4 * state // mesh.shape[FSDP] + 2 * hidden > bytes_available():
         what, keys = "parameters and their moments need", "emb_dim or n_layers"
         if hidden > parameters:
             what, keys = "hidden states need", "microbatch_size or context_length"
@@ -131,7 +132,7 @@ def describe(
             f"run     {counted(steps * train.epochs, 'step')}, {tokens:,} tokens ({counted(train.epochs, 'epoch')} of "
             f"{train.dataset}){ratio if train.objective == 'next-token' else ''}"
         )
-        lines.append(_learning_rate(train, steps * train.epochs, tokens_per_step))
+        lines += [_learning_rate(train, steps * train.epochs, tokens_per_step)] if steps else []
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
     lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")

@@ -118,7 +118,7 @@ def report(state: TrainState, stop: StopRequest, resume_line: str) -> int:
         for line in describe_end(state, is_finished=is_finished):
             log.info(line)
     if is_finished:
-        log.info(f"finished: step {step:,} of {total:,}; charts are in {state.run.path}")
+        log.info(f"finished: step {step:,} of {total:,}; see {state.run.report}")
         return stop.exit_code if stop else DONE  # in a folder of runs the next one must not start
     where = f"and saved at step {step:,} of {total:,}" if step else "before the first step"
     log.info(f"stopped {where}; to resume, {resume_line}")
