@@ -7,7 +7,7 @@ from helpers import ROOT
 
 FLOORS = [
     "storage",
-    "config,config_files",
+    "config,config_files,model_config",
     "runtime,overrides",
     "layers,loss,weights",
     "model",
@@ -27,6 +27,7 @@ WITHOUT_JAX = [
     "storage",
     "config",
     "config_files",
+    "model_config",
     "overrides",
     "reports/charts",
     "reports/comparison_page",
