@@ -14,82 +14,84 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from outside_in.config import ModelConfig
-from outside_in.layers.attention import causal_weights
+from outside_in.layers.activations import gelu, relu2, swiglu
+from outside_in.layers.attention import causal_weights, repeat_heads
 from outside_in.layers.dropout import Dropout
-from outside_in.layers.kernels import LayerNorm, causal_attention, vocabulary_product
+from outside_in.layers.kernels import LayerNorm, RMSNorm, causal_attention, vocabulary_product
+from outside_in.layers.linear import INIT_STD, initializer, linear, residual_std
+from outside_in.layers.rotary import rotate
+from outside_in.layers.value_embedding import ValueEmbedding
 from outside_in.loss import chunked_cross_entropy, chunked_losses
-from outside_in.weights import named_arrays
+from outside_in.weights import check_variables, named_arrays
 
-INIT_STD = 0.02
-# GPT-2's tanh form. For the backward pass it is computed again: what it would keep is larger than its input.
-gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True))
-AttentionFn = Callable[
-    [jax.Array, jax.Array, jax.Array], jax.Array
-]  # queries, keys and values to weighted sums of the values, all (B, T, N, H)
-
-
-def initializer(std: float) -> nnx.Initializer:
-    return jax.nn.initializers.normal(std)
-
-
-def residual_std(config: ModelConfig) -> float:
-    return INIT_STD / (2 * config.n_layers) ** 0.5
+# Queries, keys and values to weighted sums of the values, all (B, T, N, H). Where a block has a window, `window=` too.
+AttentionFn = Callable[..., jax.Array]
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class CausalSelfAttention(nnx.Module):
     """Multi-head attention in which a position sees itself and what came before."""
 
-    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.n_heads = config.n_heads
-        self.query_key_value = nnx.Linear(
-            config.emb_dim,
-            3 * config.emb_dim,
-            use_bias=config.qkv_bias,
-            kernel_init=initializer(INIT_STD),
-            dtype=dtype,
-            rngs=rngs,
+    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs, layer: int = 0) -> None:
+        width, options = config.emb_dim, {"dtype": dtype, "rngs": rngs}
+        kv_width = config.num_kv_heads * config.head_width
+        self.query_key_value = linear(width, width + 2 * kv_width, bias=config.qkv_bias, **options)
+        self.output = linear(width, width, bias=config.attention_output_bias, std=residual_std(config), **options)
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_width, rngs) if config.qk_norm else None for _ in range(2)
         )
-        self.output = nnx.Linear(
-            config.emb_dim,
-            config.emb_dim,
-            use_bias=config.attention_output_bias,
-            kernel_init=initializer(residual_std(config)),
-            dtype=dtype,
-            rngs=rngs,
+        self.value_embedding = (
+            ValueEmbedding(config.vocab_size, kv_width, rngs) if config.has_value_embedding(layer) else None
         )
-        self.drop_rate = drop_rate
+        self.n_heads, self.head_width, self.split_at = config.n_heads, config.head_width, (width, width + kv_width)
+        self.is_rotary, self.window, self.drop_rate = config.position == "rope", config.window(layer), drop_rate
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: AttentionFn = causal_attention
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array,
+        dropout: Dropout | None,
+        attend: AttentionFn = causal_attention,
+        tokens_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Mix (B, T, D); GPT-2 has no use for the positions here, rotary embeddings would."""
-        batch, length, width = x_BTD.shape
-        heads = (batch, length, self.n_heads, width // self.n_heads)
-        q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1))
+        """Mix (B, T, D). Rotations use the positions, value embeddings the tokens."""
+        parts = jnp.split(self.query_key_value(x_BTD), self.split_at, axis=-1)
+        q_BTNH, k_BTNH, v_BTNH = (x.reshape(*x.shape[:2], -1, self.head_width) for x in parts)
+        if self.value_embedding is not None:
+            assert tokens_BT is not None, "value embeddings need the tokens: pass tokens_BT to the block"
+            v_BTNH = self.value_embedding(v_BTNH, tokens_BT)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
+        if self.is_rotary:
+            q_BTNH, k_BTNH = rotate(q_BTNH, positions_T), rotate(k_BTNH, positions_T)
+        q_BTNH, k_BTNH = q_BTNH.astype(v_BTNH.dtype), k_BTNH.astype(v_BTNH.dtype)
         if dropout is None or self.drop_rate == 0:
-            attended_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
+            window = {} if self.window is None else {"window": self.window}
+            attended_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, **window)
         else:  # GPT-2 drops attention weights, which no fused implementation in JAX offers
-            weights_BNTT = causal_weights(q_BTNH, k_BTNH)
+            weights_BNTT = causal_weights(q_BTNH, k_BTNH, self.window)
             weights_BNTT = dropout(weights_BNTT, self.drop_rate).astype(v_BTNH.dtype)
-            attended_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, v_BTNH)
+            attended_BTNH = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, repeat_heads(v_BTNH, self.n_heads, 2))
         return self.output(attended_BTNH.reshape(x_BTD.shape))
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers, four times as wide inside, with GELU between them."""
+    """Two linear layers with an activation between them; SwiGLU has a third, whose outputs gate those of the first."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        width, inner = config.emb_dim, 4 * config.emb_dim
-        self.expand = nnx.Linear(width, inner, kernel_init=initializer(INIT_STD), dtype=dtype, rngs=rngs)
-        self.project = nnx.Linear(inner, width, kernel_init=initializer(residual_std(config)), dtype=dtype, rngs=rngs)
+        width, inner, options = config.emb_dim, config.inner_width, {"bias": config.bias, "dtype": dtype, "rngs": rngs}
+        self.expand = linear(width, inner, **options)
+        self.project = linear(inner, width, **options, std=residual_std(config))
+        self.gate = linear(width, inner, **options) if config.activation == "swiglu" else None
+        self.activation = relu2 if config.activation == "relu2" else gelu
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.project(gelu(self.expand(x_BTD)))
+        inner_BTF = self.expand(x_BTD)
+        return self.project(self.activation(inner_BTF) if self.gate is None else swiglu(self.gate(x_BTD), inner_BTF))
 
 
 class Block(nnx.Module):
@@ -98,19 +100,25 @@ class Block(nnx.Module):
     Each is normalized before, and added to its input, if its switch is on.
     """
 
-    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs, layer: int = 0) -> None:
+        norm = NORMS[config.norm]
         self.shortcut = config.shortcut
-        self.attention_norm = LayerNorm(config.emb_dim, rngs) if config.pre_norm else None
-        self.attention = CausalSelfAttention(config, drop_rate, dtype, rngs)
-        self.feed_forward_norm = LayerNorm(config.emb_dim, rngs) if config.pre_norm and config.feed_forward else None
+        self.attention_norm = norm(config.emb_dim, rngs) if config.pre_norm else None
+        self.attention = CausalSelfAttention(config, drop_rate, dtype, rngs, layer)
+        self.feed_forward_norm = norm(config.emb_dim, rngs) if config.pre_norm and config.feed_forward else None
         self.feed_forward = FeedForward(config, dtype, rngs) if config.feed_forward else None
         self.drop_rate = drop_rate
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, dropout: Dropout | None, attend: AttentionFn = causal_attention
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array,
+        dropout: Dropout | None,
+        attend: AttentionFn = causal_attention,
+        **tokens: jax.Array,
     ) -> jax.Array:
         normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-        x_BTD = self._add(x_BTD, self.attention(normed_BTD, positions_T, dropout, attend), dropout)
+        x_BTD = self._add(x_BTD, self.attention(normed_BTD, positions_T, dropout, attend, **tokens), dropout)
         if self.feed_forward is not None:
             normed_BTD = x_BTD if self.feed_forward_norm is None else self.feed_forward_norm(x_BTD)
             x_BTD = self._add(x_BTD, self.feed_forward(normed_BTD), dropout)
@@ -128,9 +136,10 @@ class GPTModel(nnx.Module):
     Everything that a run does goes through `embed`, `stages` and `unembed`: `loss` trains and validates, `token_losses`
     judges, `stages` with a cache completes text. What is changed here is changed everywhere.
 
-    Weights start as in GPT-2's code: normal with standard deviation 0.02, divided by √(2 · n_layers) where a layer
-    adds to the residual stream; biases 0, norms 1. The first loss is then ln(vocab_size) + 0.0002 · emb_dim with an
-    output norm (the logits' variance is emb_dim · 0.02², and half of that is lost) and ln(vocab_size) without one.
+    Weights start as in GPT-2's code, those of parts that it lacks too: normal with standard deviation 0.02, divided by
+    √(2 · n_layers) where a layer adds to the residual stream; biases 0, norms 1. The first loss is then
+    ln(vocab_size) + 0.0002 · emb_dim with an output norm (the logits' variance is emb_dim · 0.02², and half of that is
+    lost) and ln(vocab_size) without one.
 
     Parameters are float32. Products and the residual stream are in `dtype`, norms and losses in float32 or wider.
     """
@@ -157,8 +166,8 @@ class GPTModel(nnx.Module):
             if config.position_embedding
             else None
         )
-        self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs) for _ in range(config.n_layers)])
-        self.output_norm = LayerNorm(config.emb_dim, rngs) if config.output_norm else None
+        self.blocks = nnx.List([Block(config, drop_rate, dtype, rngs, i) for i in range(config.n_layers)])
+        self.output_norm = NORMS[config.norm](config.emb_dim, rngs) if config.output_norm else None
         self.head = (
             None if config.tied_head else nnx.Embed(config.vocab_size, config.emb_dim, embedding_init=init, rngs=rngs)
         )
@@ -186,10 +195,11 @@ class GPTModel(nnx.Module):
         return hidden_BTD
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Return the rows of the token embedding, (B, T, D), float32."""
+        """Return the rows of the token embedding, (B, T, D), float32, times √D if the model is to scale them."""
         chex.assert_rank(tokens_BT, 2, custom_message="token ids, expected as (B, T)")
         chex.assert_type(tokens_BT, int, custom_message="token ids")
-        return self.token_embedding(tokens_BT.astype(jnp.int32))
+        x_BTD = self.token_embedding(tokens_BT.astype(jnp.int32))
+        return x_BTD * self.config.emb_dim**0.5 if self.config.embedding_scale else x_BTD
 
     def stages(
         self,
@@ -213,9 +223,10 @@ class GPTModel(nnx.Module):
         x_BTD = x_BTD.astype(self.dtype)
         x_BTD = x_BTD if dropout is None else dropout(x_BTD, self.drop_rate)
         yield "the embedding", x_BTD
+        tokens = {"tokens_BT": tokens_BT} if self.config.value_embeddings else {}
         for i, block in enumerate(self.blocks):
             dtype = x_BTD.dtype
-            run = partial(block, positions_T=positions_T, dropout=dropout, attend=attend)
+            run = partial(block, positions_T=positions_T, dropout=dropout, attend=attend, **tokens)
             if self.remat == "blocks" and attend is causal_attention:  # the backward pass computes each block again
                 run = jax.checkpoint(run)
             x_BTD = run(x_BTD)
@@ -227,12 +238,14 @@ class GPTModel(nnx.Module):
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits (B, T, V) for hidden states (B, T, D).
 
-        Each position is computed alone, in the compute dtype.
+        Each position is computed alone, in the compute dtype; a soft-cap in float32.
         """
         table_VD = (self.token_embedding if self.head is None else self.head).embedding[...]
         flat_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # one large product, not B small ones
         logits_MV = vocabulary_product(flat_MD.astype(self.dtype), table_VD.astype(self.dtype))
-        return logits_MV.reshape(*hidden_BTD.shape[:-1], len(table_VD))
+        logits_BTV = logits_MV.reshape(*hidden_BTD.shape[:-1], len(table_VD))
+        cap = self.config.logit_soft_cap  # as in Gemma 2, https://arxiv.org/abs/2408.00118
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV.astype(jnp.float32) / cap)
 
 
 @partial(nnx.jit, static_argnums=(0, 2, 3, 4, 5))
@@ -250,20 +263,6 @@ def create_model(
     model = GPTModel(config, rngs, dtype=dtype, **options)
     check_variables(model)
     return model
-
-
-def check_variables(model: nnx.Module) -> None:
-    """Raise ValueError when a model keeps state that would not be saved."""
-    modules = nnx.iter_modules(model)
-    arrays = [
-        (*path, name) for path, x in modules for name in vars(x) if isinstance(vars(x)[name], jax.Array | np.ndarray)
-    ]
-    random = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState))]
-    for path in (*arrays, *random):
-        raise ValueError(
-            f"model.py: {'.'.join(map(str, path))}: expected an nnx.Param, or an nnx.Variable for what does not train; "
-            "random numbers come from `dropout(x, rate)`"
-        )
 
 
 def abstract_model(config: ModelConfig) -> GPTModel:

@@ -128,7 +128,8 @@ def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) 
         return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
     got = shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
-    expected = expected.replace("valid tuple", "valid list")  # as JSON calls it
+    for python, as_json in {"valid tuple": "valid list", "True": "true", "False": "false"}.items():
+        expected = expected.replace(python, as_json)
     choices = re.findall(r"'([^']+)'", expected) if first["type"] == "literal_error" else []
     close = difflib.get_close_matches(str(first["input"]), choices, n=1)
     return f"{name}: {expected}, got {got}" + (f"; did you mean {close[0]!r}?" if close else "")

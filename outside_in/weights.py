@@ -97,6 +97,20 @@ def _open(path: Path) -> Any:
     return open_tensors(path)
 
 
+def check_variables(model: nnx.Module) -> None:
+    """Raise ValueError when a model keeps state that would not be saved."""
+    modules = nnx.iter_modules(model)
+    arrays = [
+        (*path, name) for path, x in modules for name in vars(x) if isinstance(vars(x)[name], jax.Array | np.ndarray)
+    ]
+    random = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState))]
+    for path in (*arrays, *random):
+        raise ValueError(
+            f"model.py: {'.'.join(map(str, path))}: expected an nnx.Param, or an nnx.Variable for what does not train; "
+            "random numbers come from `dropout(x, rate)`"
+        )
+
+
 def named_arrays(state: nnx.State) -> dict[str, Any]:
     """Return the arrays of a state by dot-joined paths."""
     return {".".join(map(str, path)): array for path, array in _flat(state).items()}

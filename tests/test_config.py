@@ -13,6 +13,8 @@ from outside_in.config_files import load_config, parse_config
 MODEL_KEYS = """
 vocab_size context_length emb_dim n_heads n_layers qkv_bias position_embedding pre_norm shortcut feed_forward
 output_norm attention_output_bias tied_head
+position norm feed_forward_dim qk_norm n_kv_heads bias logit_soft_cap embedding_scale value_embeddings sliding_window
+window_pattern
 """
 TRAIN_KEYS = """
 dataset objective microbatch_size gradient_accumulation_steps microbatches_per_call min_train_tokens epochs
@@ -208,6 +210,10 @@ def test_an_unknown_key_like_no_other_lists_the_known_keys(config_class, complai
         (ModelConfig, "qkv_bias", 0, "0"),
         (ModelConfig, "qkv_bias", "false", '"false"'),
         (ModelConfig, "emb_dim", {"a": 1}, '{"a": 1}'),
+        (ModelConfig, "feed_forward", 1, "1"),
+        (ModelConfig, "feed_forward", "silu", '"silu"'),
+        (ModelConfig, "position", False, "false"),
+        (ModelConfig, "norm", True, "true"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, complaint_about):
@@ -239,6 +245,10 @@ def test_a_value_near_an_allowed_one_names_it(changes, end, complaint_about):
         (ModelConfig, "n_heads", 0),
         (ModelConfig, "n_layers", -1),
         (ModelConfig, "n_layers", 1001),
+        (ModelConfig, "sliding_window", 0),
+        (ModelConfig, "n_kv_heads", 0),
+        (ModelConfig, "feed_forward_dim", 0),
+        (ModelConfig, "logit_soft_cap", 0),
         (TrainConfig, "dataset", ""),
         (TrainConfig, "microbatch_size", 0),
         (TrainConfig, "gradient_accumulation_steps", 0),
@@ -292,6 +302,40 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
     [
         (ModelConfig, {"emb_dim": 770, "n_heads": 12}, "emb_dim=770 is not divisible by n_heads=12; use 768 or"),
         (ModelConfig, {"emb_dim": 2, "n_heads": 4}, "emb_dim=2 is not divisible by n_heads=4; use 4 or change n_heads"),
+        (ModelConfig, {"n_kv_heads": 3}, "n_kv_heads=3 does not divide n_heads=4; use one of 1, 2, 4"),
+        (ModelConfig, {"n_kv_heads": 8}, "n_kv_heads=8 does not divide n_heads=4; use one of 1, 2, 4"),
+        (
+            ModelConfig,
+            {"position": "rope", "emb_dim": 36},
+            'position="rope" needs an even head width (emb_dim / n_heads), got 9; use emb_dim=40 or another n_heads',
+        ),
+        (
+            ModelConfig,
+            {"position": "rope", "position_embedding": True},
+            'position="rope" and position_embedding=true contradict each other; remove one',
+        ),
+        (
+            ModelConfig,
+            {"position": "learned", "position_embedding": False},
+            'position="learned" and position_embedding=false contradict each other; remove one',
+        ),
+        (ModelConfig, {"bias": False, "qkv_bias": True}, "bias=false and qkv_bias=true contradict each other; set"),
+        (
+            ModelConfig,
+            {"bias": False, "attention_output_bias": True},
+            "bias=false and attention_output_bias=true contradict each other; set attention_output_bias to false, or",
+        ),
+        (
+            ModelConfig,
+            {"value_embeddings": True, "qk_norm": True, "n_layers": 0},
+            "qk_norm=true, value_embeddings=true: expected blocks, got n_layers=0; use n_layers=1 or more, or remove",
+        ),
+        (ModelConfig, {"sliding_window": 4, "n_layers": 0}, "sliding_window=4: expected blocks, got n_layers=0"),
+        (ModelConfig, {"feed_forward_dim": 9, "feed_forward": False}, "remove feed_forward_dim, or set feed_forward"),
+        (ModelConfig, {"window_pattern": "SL"}, 'window_pattern="SL" needs a window; set sliding_window, such as 4'),
+        (ModelConfig, {"window_pattern": "SX", "sliding_window": 4}, "expected letters S (sliding) and L (all tokens)"),
+        (ModelConfig, {"window_pattern": "", "sliding_window": 4}, 'window_pattern="": expected letters S'),
+        (ModelConfig, {"window_pattern": "LS", "sliding_window": 4}, "has no S in the first 1 block; put one there"),
         (TrainConfig, {"min_train_tokens": 0}, "min_train_tokens=0: expected -1"),
         (
             TrainConfig,
@@ -324,6 +368,38 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
 )
 def test_values_that_do_not_fit_together_are_refused_with_a_remedy(config_class, changes, line, complaint_about):
     assert line in complaint_about(changed(config_class, **changes), config_class)
+
+
+@pytest.mark.parametrize(
+    ("given", "implied"),
+    [
+        ({}, {"position": None, "position_embedding": True, "attention_output_bias": True, "bias": True}),
+        ({"position_embedding": False}, {"position": None, "position_embedding": False}),
+        ({"position": "learned"}, {"position_embedding": True}),
+        ({"position": "rope"}, {"position_embedding": False}),
+        ({"position": "none", "position_embedding": False}, {"position_embedding": False}),
+        ({"bias": False}, {"attention_output_bias": False}),
+    ],
+    ids=str,
+)
+def test_new_keys_say_of_old_ones_what_they_mean_and_a_config_reads_what_it_wrote(given, implied):
+    config = tiny_model_config(**given)
+    assert config.model_dump().items() >= implied.items()
+    assert parse_config(config.model_dump_json(), ModelConfig, "model.json") == config
+
+
+def test_the_defaults_of_new_keys_are_those_of_gpt2():
+    """Old files lack these keys, and mean what they meant."""
+    config = tiny_model_config()
+    assert (config.activation, config.inner_width, config.num_kv_heads) == ("gelu", 4 * 32, 4)
+    assert tiny_model_config(feed_forward=False).inner_width == 0
+    assert tiny_model_config(feed_forward="swiglu").inner_width == 88  # 8/3 · 32, up to a multiple of 8
+    assert config.window(0) is None and not config.has_value_embedding(0)
+
+
+def test_a_window_that_hides_nothing_is_warned_of():
+    assert not tiny_model_config(sliding_window=15).warnings()
+    assert "sliding_window=16 is not less than context_length=16" in tiny_model_config(sliding_window=16).warnings()[0]
 
 
 @pytest.mark.parametrize(

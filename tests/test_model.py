@@ -5,9 +5,10 @@ import pytest
 from flax import nnx
 from helpers import CONTEXT_LENGTH, ROOT, VOCAB_SIZE, logits, random_tokens, tiny_model, tiny_model_config
 
-from model import GPTModel, count_parameters, gelu
+from model import GPTModel, count_parameters
 from outside_in.config import ModelConfig
 from outside_in.config_files import load_config
+from outside_in.layers.activations import gelu, relu2, swiglu
 from outside_in.layers.dropout import Dropout
 
 GPT2_SMALL = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
@@ -258,12 +259,20 @@ def test_the_stages_are_named_and_the_last_is_what_the_head_reads():
     assert [name for name, _ in bare.stages(tokens)] == ["the embedding"]
 
 
-def test_gelu_keeps_nothing_but_its_input_for_the_backward_pass():
-    x = jnp.linspace(-3, 3, 12).reshape(3, 4)
-    value, vjp = jax.vjp(gelu, x)
-    assert [kept.shape for kept in jax.tree.leaves(vjp)] == [x.shape]
-    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), x)
-    np.testing.assert_allclose([value, *vjp(x)], [expected, *expected_vjp(x)], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("activation", "definition", "inputs"),
+    [
+        (gelu, lambda x: jax.nn.gelu(x, approximate=True), 1),
+        (relu2, lambda x: jnp.maximum(x, 0) ** 2, 1),
+        (swiglu, lambda gate, x: gate / (1 + jnp.exp(-gate)) * x, 2),
+    ],
+)
+def test_activations_keep_nothing_but_their_inputs_for_the_backward_pass(activation, definition, inputs):
+    arrays = [jnp.linspace(-3, 3 + i, 12).reshape(3, 4) for i in range(inputs)]
+    value, vjp = jax.vjp(activation, *arrays)
+    assert [kept.shape for kept in jax.tree.leaves(vjp)] == [x.shape for x in arrays]
+    expected, expected_vjp = jax.vjp(definition, *arrays)
+    np.testing.assert_allclose([value, *vjp(value)], [expected, *expected_vjp(value)], rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_the_mean_of_the_losses_of_the_tokens():

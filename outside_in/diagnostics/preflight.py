@@ -35,7 +35,7 @@ from outside_in.data.tokenizer import assumed
 from outside_in.inference.load import find_initial_weights
 from outside_in.loss import chunk_size
 from outside_in.optimizer import final_learning_rate, schedule_steps
-from outside_in.reports.flops import FORMULA, flops_per_token
+from outside_in.reports.flops import flops_per_token, formula
 from outside_in.reports.loggers import check_installed
 from outside_in.runtime import target
 from outside_in.runtime.devices import bytes_available, initialize_devices
@@ -114,9 +114,10 @@ def describe(
     steps = steps_per_epoch(model, train, data.tokens, devices)
     on_each = f" on each of {devices} devices" if devices > 1 else ""
     microbatches = counted(train.gradient_accumulation_steps, "microbatch", "microbatches")
+    grouped = f" ({model.n_kv_heads} of keys and values)" if model.n_kv_heads else ""
     lines = [
         f"model   {parameters:,} parameters: {counted(model.n_layers, 'layer')}, "
-        f"{counted(model.n_heads, 'head')}, "
+        f"{counted(model.n_heads, 'head')}{grouped}, "
         f"width {model.emb_dim}, context {model.context_length:,}, vocabulary {model.vocab_size:,}",
         f"step    {tokens_per_step:,} tokens: {microbatches} of "
         f"{counted(train.microbatch_size, 'sequence')}{on_each}, in {counted(train.calls_per_step, 'compiled call')}, "
@@ -143,7 +144,7 @@ def describe(
         lines.append(
             f"data    {data.leaked_share:.1%} of validation occurs in the training tokens, according to data.json"
         )
-    lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {FORMULA}")
+    lines.append(f"flops   {flops_per_token(model) / 1e6:,.1f} MFLOP per token: {formula(model)}")
     lines.append(_disk(run, train, parameters, count_moments(train, shapes)))
     return lines + [f"WARNING {warning}" for warning in model.warnings()]
 
@@ -185,9 +186,12 @@ def estimate_memory(model: ModelConfig, train: TrainConfig, mesh: Mesh | None = 
     positions = train.microbatch_size * model.context_length
     width = {"float32": 4, "bfloat16": 2}[train.precision]  # bytes
     rows = min(positions, train.loss_rows_per_chunk or chunk_size(model.vocab_size, "gpu"))  # on the CPU it is fewer
-    logits = (4 + width) * rows * model.vocab_size  # a chunk of them as float32, and their gradient
+    of_cap = 0 if model.logit_soft_cap is None else 4  # bytes
+    logits = (4 + width + of_cap) * rows * model.vocab_size  # a chunk of them as float32, and their gradient
     weights = model.n_heads * model.context_length if train.drop_rate else 0  # of attention: kept if some are dropped
-    per_layer = positions * (16 * width * model.emb_dim + 4 * weights)
+    inner = (3 if model.activation == "swiglu" else 2) * model.inner_width
+    hidden = (12 if model.qk_norm else 8) * model.emb_dim + inner
+    per_layer = positions * (hidden * width + 4 * weights)
     layers = model.n_layers * per_layer
     if train.remat == "blocks" and model.n_layers:
         layers = per_layer + model.n_layers * positions * width * model.emb_dim

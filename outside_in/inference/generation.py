@@ -214,9 +214,9 @@ def prefill(graph: nnx.GraphDef, params: nnx.State, tokens_BP: jax.Array, size: 
         room = [(0, 0), (0, 0), (0, size - tokens_BP.shape[1]), (0, 0)]
         return jnp.repeat(jnp.pad(jnp.swapaxes(new_BPNH, 1, 2), room), copies, axis=0)
 
-    def attend(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array) -> jax.Array:
+    def attend(q_BPNH: jax.Array, k_BPNH: jax.Array, v_BPNH: jax.Array, window: int | None = None) -> jax.Array:
         cache.append((keep(k_BPNH), keep(v_BPNH)))
-        return causal_attention(q_BPNH, k_BPNH, v_BPNH)
+        return causal_attention(q_BPNH, k_BPNH, v_BPNH, window)
 
     model.hidden_states(tokens_BP, attend=attend)
     return cache
@@ -262,13 +262,13 @@ def next_logits(model: GPTModel, cache: Cache, last_B: jax.Array, position: jax.
         return jax.vmap(partial(_next_logits_of_one, model))(cache, last_B, position)
     old, new = iter(cache), []
 
-    def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array) -> jax.Array:
+    def attend(q_B1NH: jax.Array, k_B1NH: jax.Array, v_B1NH: jax.Array, window: int | None = None) -> jax.Array:
         keys_BNSH, values_BNSH = (
             jax.lax.dynamic_update_slice_in_dim(x_BNSH, jnp.swapaxes(x_B1NH, 1, 2), position, axis=2)
             for x_BNSH, x_B1NH in zip(next(old), (k_B1NH, v_B1NH))
         )
         new.append((keys_BNSH, values_BNSH))
-        return cached_attention(q_B1NH, keys_BNSH, values_BNSH, position)
+        return cached_attention(q_B1NH, keys_BNSH, values_BNSH, position, window)
 
     hidden_B1D = model.hidden_states(last_B[:, None], first_position=position, attend=attend)
     return model.unembed(hidden_B1D)[:, 0].astype(jnp.float32), new

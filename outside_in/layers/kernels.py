@@ -1,7 +1,7 @@
 """What is computed in another way on each kind of device.
 
-On an NVIDIA GPU attention is cuDNN's where it can serve, and the vocabulary is padded; on a CPU attention and layer
-norm are those of `cpu_kernels.py`; everywhere else they are the plain ones of JAX and Flax.
+On an NVIDIA GPU attention is cuDNN's where it can serve, and the vocabulary is padded; on a CPU attention and norms are
+those of `cpu_kernels.py`; everywhere else they are the plain ones of JAX and Flax.
 """
 
 from typing import Literal
@@ -12,24 +12,28 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from outside_in.layers.attention import repeat_heads
-from outside_in.layers.cpu_kernels import blockwise_attention, layer_norm
+from outside_in.layers.cpu_kernels import blockwise_attention, layer_norm, rms_norm
 from outside_in.runtime import target
 
-EPSILON = 1e-5  # of layer norm
+EPSILON = 1e-5  # of norms
 VOCAB_MULTIPLE = {"gpu": 128}  # tensor cores like round numbers: 50,257 becomes 50,304
 
 
-def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, window: int | None = None) -> jax.Array:
     """Return causal softmax attention, (B, T, N, H).
 
-    Each position averages the values up to its own by softmax(q · k / √H). Computes in the type of the values. Keys and
-    values may have fewer heads, each for as many queries in a row.
+    Each position averages the values up to its own, of the last `window` if given, by softmax(q · k / √H). Computes in
+    the type of the values. Keys and values may have fewer heads, each for as many queries in a row.
     """
     q_BTNH, k_BTNH = (x.astype(v_BTNH.dtype) for x in (q_BTNH, k_BTNH))
     chosen = choose_attention(q_BTNH.dtype, q_BTNH.shape[-1], target.platform())
     if chosen == "blocks":
-        return blockwise_attention(q_BTNH, *(repeat_heads(x, q_BTNH.shape[2], 2) for x in (k_BTNH, v_BTNH)))
-    return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=chosen)
+        k_BTNH, v_BTNH = (repeat_heads(x, q_BTNH.shape[2], 2) for x in (k_BTNH, v_BTNH))
+        return blockwise_attention(q_BTNH, k_BTNH, v_BTNH, window)
+    left_and_right = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=chosen, local_window_size=left_and_right
+    )
 
 
 def choose_attention(dtype: DTypeLike, head_width: int, platform: str) -> Literal["blocks", "cudnn", "xla"]:
@@ -70,6 +74,23 @@ class LayerNorm(nnx.LayerNorm):
         arrays = (x.reshape(-1, x.shape[-1]), self.scale[...], self.bias[...])
         arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
         return layer_norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm` over the last axis, https://arxiv.org/abs/1910.07467: its parameter, its definition."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        super().__init__(width, epsilon=EPSILON, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalize (…, D)."""
+        if target.platform() != "cpu":
+            return super().__call__(x)
+        assert self.scale is not None  # Flax's norms may do without
+        dtype = jnp.result_type(x, self.scale[...])
+        arrays = (x.reshape(-1, x.shape[-1]), self.scale[...])
+        arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
+        return rms_norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
 
 
 def vocabulary_product(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from outside_in.config import ModelConfig
 
 FORMULA = "6 · (parameters of matrix products) + 12 · layers · width · context"
+OF_WINDOWS = ", or the window where a layer has one"  # after it
 
 
 class Peak(NamedTuple):
@@ -38,16 +39,24 @@ PEAKS = {
 
 
 def flops_per_token(model: ModelConfig) -> int:
-    """Count the operations of training on one token, by `FORMULA`.
+    """Count the operations of training on one token, by `formula`.
 
     Every parameter of a matrix product is used once forward and twice backward, with a multiplication and an addition.
     Biases, norms and embedding lookups are left out; the output head counts, tied or not. Attention is counted as if
-    every position saw the whole context: the convention of nanoGPT and of PaLM, which flatters a causal model's MFU.
+    every position saw the whole context, or a whole window: the convention of nanoGPT and of PaLM, which flatters a
+    causal model's MFU.
     """
-    width = model.emb_dim
-    per_layer = (12 if model.feed_forward else 4) * width**2  # query, key, value, output; two matrices of 4 · width
-    products = model.n_layers * per_layer + model.vocab_size * width
-    return 6 * products + 12 * model.n_layers * width * model.context_length
+    width, kv_width = model.emb_dim, model.num_kv_heads * model.head_width
+    of_attention = width * (2 * width + 2 * kv_width)  # queries and output, keys and values
+    of_feed_forward = (3 if model.activation == "swiglu" else 2) * width * model.inner_width
+    products = model.n_layers * (of_attention + of_feed_forward) + model.vocab_size * width
+    seen = (min(model.window(i) or model.context_length, model.context_length) for i in range(model.n_layers))
+    return 6 * products + 12 * width * sum(seen)
+
+
+def formula(model: ModelConfig) -> str:
+    """Say how `flops_per_token` counts."""
+    return FORMULA if model.sliding_window is None else FORMULA + OF_WINDOWS
 
 
 def peak_tflops(device_kind: str, precision: str) -> float | None:

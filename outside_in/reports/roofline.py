@@ -224,12 +224,20 @@ def _library_call(operands: list[Instruction], x: Instruction, times: int) -> Ke
     if "fmha" in name:
         scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', x.attributes)
         assert scores, x.name
-        count = math.prod(int(size) for size in re.findall(r"\d+", scores[1]))  # B · N · T · S
+        sizes = [int(size) for size in re.findall(r"\d+", scores[1])]  # B, N, T, S
         products = 5 if "Backward" in name else 2
-        causal = 0.5 if re.search(r'"mask_type": ?"[A-Z_]*CAUSAL"', x.attributes) else 1
-        flops = 2 * products * causal * count * operands[0].arrays[0].shape[-1]
+        flops = 2 * products * _share_seen(x.attributes, sizes[-1]) * math.prod(sizes) * operands[0].arrays[0].shape[-1]
         return Kernel(ATTENTION, x.name, x.type, times, moved, flops, 0)
     return Kernel(name, x.name, x.type, times, moved, 0, 0)
+
+
+def _share_seen(attributes: str, length: int) -> float:
+    """Return which share of all pairs of positions cuDNN's attention computes."""
+    if not re.search(r'"mask_type": ?"[A-Z_]*CAUSAL"', attributes):
+        return 1
+    window = re.search(r'"sliding_window_length": ?"?(\d+)', attributes)
+    share = min(int(window[1]) / length, 1) if window and int(window[1]) else 1  # 0: none
+    return share * (1 - share / 2)
 
 
 def _product_flops(left: Array, right: Array, contracted: list[int], batch: list[int]) -> tuple[float, float]:

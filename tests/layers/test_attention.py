@@ -1,5 +1,7 @@
 """Attention in blocks against the plain definition and JAX's own, values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,13 @@ def random_heads(length, count=4, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(length), (count, 2, length, 3, 8)).astype(dtype)
 
 
-def plain_attention(q, k, v):
+def plain_attention(q, k, v, window=None):
     """In float64, with NumPy alone."""
     q, k, v = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (q, k, v))
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    seen = np.tril(np.ones(scores.shape[-2:], bool))
+    seen = seen if window is None else np.triu(seen, 1 - window)
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
@@ -28,6 +32,39 @@ def plain_attention(q, k, v):
 def test_attention_in_blocks_is_the_plain_definition(length):
     q, k, v, _ = random_heads(length)
     np.testing.assert_allclose(blockwise_attention(q, k, v), plain_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+WINDOWS = [(7, 1), (7, 3), (MIN_BLOCK + 1, MIN_BLOCK), (3 * BLOCKS * MIN_BLOCK - 5, 50), (70, 70), (70, 1000)]
+
+
+@pytest.mark.parametrize(("length", "window"), WINDOWS)
+def test_a_window_is_the_latest_positions_and_itself(length, window):
+    q, k, v, d_out = random_heads(length)
+    expected = plain_attention(q, k, v, window)
+    np.testing.assert_allclose(blockwise_attention(q, k, v, window), expected, rtol=1e-5, atol=1e-5)
+    xla = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0))
+    np.testing.assert_allclose(xla, expected, rtol=1e-5, atol=1e-5)
+
+    def autodiff(q, k, v):
+        return jnp.einsum("bnts,bsnh->btnh", causal_weights(q, k, window), v)
+
+    np.testing.assert_allclose(autodiff(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    ours = jax.vjp(lambda *x: blockwise_attention(*x, window), q, k, v)[1](d_out)
+    for name, gradient, reference in zip("qkv", ours, jax.vjp(autodiff, q, k, v)[1](d_out)):
+        np.testing.assert_allclose(gradient, reference, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_window_computes_no_scores_before_it():
+    q, k, v, _ = random_heads(BLOCKS * MIN_BLOCK)
+
+    def operations(window):
+        text = str(jax.make_jaxpr(lambda *x: blockwise_attention(*x, window))(q, k, v))
+        return sorted(
+            int(size) for size in re.findall(rf"f32\[2,3,{MIN_BLOCK},(\d+)\] = dot_general", text) if size != "8"
+        )
+
+    assert operations(None) == [MIN_BLOCK * block for block in range(1, BLOCKS + 1)]
+    assert operations(2) == [MIN_BLOCK] + [MIN_BLOCK + 1] * (BLOCKS - 1)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -7,15 +7,22 @@ import pytest
 from flax import nnx
 
 from outside_in.layers import kernels
-from outside_in.layers.kernels import EPSILON, LayerNorm, choose_attention, describe_attention, vocabulary_product
+from outside_in.layers.kernels import (
+    EPSILON,
+    LayerNorm,
+    RMSNorm,
+    choose_attention,
+    describe_attention,
+    vocabulary_product,
+)
 
 WIDTH = 48
 
 
-def norms():
+def norms(kind=LayerNorm):
     """Return ours and Flax's with the same, not trivial parameters."""
-    ours, flax = LayerNorm(WIDTH, nnx.Rngs(0)), nnx.LayerNorm(WIDTH, epsilon=EPSILON, rngs=nnx.Rngs(0))
-    for number, name in enumerate(("scale", "bias")):
+    ours, flax = kind(WIDTH, nnx.Rngs(0)), kind.__base__(WIDTH, epsilon=EPSILON, rngs=nnx.Rngs(0))
+    for number, name in enumerate(("scale", "bias") if kind is LayerNorm else ("scale",)):
         value = jax.random.normal(jax.random.key(number), (WIDTH,))
         getattr(ours, name)[...], getattr(flax, name)[...] = value, value
     return ours, flax
@@ -27,8 +34,9 @@ def platform(request, monkeypatch):
     monkeypatch.setattr(kernels.jax, "default_backend", lambda: request.param)
 
 
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
 @pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)])
-def test_layer_norm_and_its_gradients_are_flax_s(platform, shape):
+def test_norms_and_their_gradients_are_flax_s(platform, kind, shape):
     x, d_out = jax.random.normal(jax.random.key(3), (2, *shape)) * 3 + 1
 
     def value_and_gradients(norm):
@@ -36,7 +44,7 @@ def test_layer_norm_and_its_gradients_are_flax_s(platform, shape):
         value, gradients = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
         return value, *gradients(d_out)
 
-    for ours, expected in zip(*(jax.tree.leaves(value_and_gradients(norm)) for norm in norms())):
+    for ours, expected in zip(*(jax.tree.leaves(value_and_gradients(norm)) for norm in norms(kind))):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -52,8 +60,9 @@ def test_a_large_mean_does_not_hide_the_deviations_on_a_cpu():
     np.testing.assert_allclose(ours, exact, atol=2e-3)
 
 
-def test_the_parameters_have_the_names_of_flax():
-    ours, flax = norms()
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_the_parameters_have_the_names_of_flax(kind):
+    ours, flax = norms(kind)
     assert jax.tree.structure(nnx.state(ours)) == jax.tree.structure(nnx.state(flax))
 
 

@@ -198,23 +198,27 @@ def test_cublas_is_a_product_without_its_workspace():
 FMHA = (
     'custom_call_target="{target}", backend_config={{"cudnn_fmha_backend_config": {{"fmha_scale": 0.125, '
     '"intermediate_tensor_shape": {{"element_type": "BF16", "dimensions": ["2", "3", "16", "16"]}}, '
-    '"mask_type": "{mask}"}}}}'
+    '"mask_type": "{mask}"{window}}}}}'
 )
 HEADS = "bf16[2,16,3,8]{3,2,1,0}"
 
 
-@pytest.mark.parametrize(("mask", "share"), [("CAUSAL", 0.5), ("NO_MASK", 1)])
-def test_attention_by_cudnn_is_two_products_forward_and_five_backward(mask, share):
+@pytest.mark.parametrize(
+    ("mask", "window", "share"),
+    [("CAUSAL", "", 0.5), ("CAUSAL", 0, 0.5), ("CAUSAL", 16, 0.5), ("CAUSAL", 4, 0.25 * 0.875), ("NO_MASK", "", 1)],
+)
+def test_attention_by_cudnn_is_two_products_forward_and_five_backward(mask, window, share):
+    window = f', "sliding_window_length": {window}' if window != "" else ""
     one_product = 2 * (2 * 3 * 16 * 16) * 8 * share
     qkv = "\n".join(f"  %{name} = {HEADS} parameter({i})" for i, name in enumerate("qkvod"))
     forward = only_kernel(
         f"{qkv}\n  ROOT %a = ({HEADS}, f32[2,3,16]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %v), "
-        + FMHA.format(target="__cudnn$fmhaSoftmax", mask=mask)
+        + FMHA.format(target="__cudnn$fmhaSoftmax", mask=mask, window=window)
     )
     backward = only_kernel(
         f"{qkv}\n  %s = f32[2,3,16]{{2,1,0}} parameter(5)\n"
         f"  ROOT %a = ({HEADS}, {HEADS}, {HEADS}, u8[0]{{0}}) custom-call(%q, %k, %v, %s, %d, /*index=5*/%o), "
-        + FMHA.format(target="__cudnn$fmhaSoftmaxBackward", mask=mask)
+        + FMHA.format(target="__cudnn$fmhaSoftmaxBackward", mask=mask, window=window)
     )
     assert (forward.kind, forward.flops, backward.kind, backward.flops) == (
         ATTENTION, 2 * one_product, ATTENTION, 5 * one_product,

@@ -20,6 +20,7 @@ from helpers import (
     tiny_model,
     tiny_train_config,
 )
+from modern import ALL
 from test_golden import GOLDEN, STEPS
 
 from outside_in.config import MeshConfig, TrainConfig, with_sequences_per_step
@@ -82,7 +83,9 @@ def test_masks_make_a_difference(on_one):
     assert abs(on_one[0.0][0] - on_one[0.3][0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{"tied_head": True}, {"dtype": "bfloat16"}, {"qkv_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"tied_head": True}, {"dtype": "bfloat16"}, {"qkv_bias": True}, ALL, ALL | {"drop_rate": 0.3}], ids=str
+)
 def test_other_models_are_spread_too(changes):
     expected, _, _ = trained(1, 1, num_steps=2, **changes)
     np.testing.assert_allclose(
