@@ -1,4 +1,4 @@
-"""Import, export or push GPT-2's weights: `uv run convert_gpt2.py import|export|push SOURCE TARGET`."""
+"""Import, export or push weights: `uv run convert_gpt2.py import|export|push SOURCE TARGET`."""
 
 import argparse
 import os
@@ -41,8 +41,8 @@ def check_is_free(target: Path) -> None:
 
 def make_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(
-        "Import a GPT-2 from Hugging Face as a run, export a run as a folder that transformers loads, or push that "
-        "folder to the Hub."
+        "Import a GPT-2, Llama or Qwen3 from Hugging Face as a run, export a run as a folder for transformers, or push "
+        "that folder to the Hub."
     )
     parser.add_argument("action", choices=("import", "export", "push"))
     parser.add_argument(

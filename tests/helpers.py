@@ -22,7 +22,7 @@ from outside_in.runtime.log import log
 from outside_in.storage import metrics
 
 ROOT = Path(__file__).parent.parent
-GPT2_FIXTURE = ROOT / "tests" / "fixtures" / "gpt2"
+GPT2_FIXTURE, LLAMA_FIXTURE = (ROOT / "tests" / "fixtures" / name for name in ("gpt2", "llama"))
 VOCAB_SIZE, CONTEXT_LENGTH = 101, 16
 TINY_MODEL = {
     "vocab_size": VOCAB_SIZE,

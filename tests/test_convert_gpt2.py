@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import GPT2_FIXTURE, TINY_TRAIN, complaint, logits, tiny_model
+from helpers import GPT2_FIXTURE, LLAMA_FIXTURE, TINY_TRAIN, complaint, logits, tiny_model
 from hub import COMMIT, Hub
 from safetensors.numpy import load_file, save_file
 from test_model import with_larger_weights
@@ -17,6 +17,7 @@ from model import GPTModel
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import load_config
 from outside_in.data.tokenizer import gpt2, vocabulary_files
+from outside_in.inference.generation import generate
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.storage import metrics
 from outside_in.weights import host_arrays, save_weights
@@ -191,7 +192,7 @@ def not_finite(folder):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (write("config.json", '{"model_type": "llama"}'), "expected model_type 'gpt2', got 'llama'"),
+        (write("config.json", '{"model_type": "bert"}'), "expected model_type one of gpt2, llama, qwen3, got 'bert'"),
         (write("config.json", "["), "config.json: not JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: expected a JSON file, found nothing"),
         (only_pickled, "pytorch_model.bin is another format; load it in transformers and use save_pretrained"),
@@ -200,7 +201,7 @@ def not_finite(folder):
         (write("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "got a Git LFS pointer"),
         (write("model.safetensors", "x" * 100), "not a readable safetensors file"),
     ],
-    ids=["llama", "no JSON", "no config", "pickled", "renamed", "NaN", "LFS", "garbage"],
+    ids=["BERT", "no JSON", "no config", "pickled", "renamed", "NaN", "LFS", "garbage"],
 )
 def test_a_folder_that_is_no_gpt2_is_one_line_and_leaves_nothing(call_program, source, tmp_path, spoil, words):
     spoil(source)
@@ -291,6 +292,30 @@ def test_nothing_is_written_over(call_program, source, tmp_path):
     )
     told = complaint(call_program("convert_gpt2", "import", tmp_path / "no where", tmp_path / "new"))
     assert "expected a folder with config.json" in told
+
+
+# Other architectures
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_llama_is_imported_completes_as_it_did_and_is_exported_again(call_program, tmp_path, name):
+    stored = load_file(LLAMA_FIXTURE / f"{name}.safetensors")
+    tokens, logits_BTV, completed = (stored.pop(key) for key in ("tokens", "logits", "completed"))
+    (tmp_path / "theirs").mkdir()
+    shutil.copyfile(LLAMA_FIXTURE / f"{name}.json", tmp_path / "theirs" / "config.json")
+    save_file(stored, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    assert call_program("convert_gpt2", "import", tmp_path / "theirs", tmp_path / "run").returncode == 0
+    model = load_saved_model(find_weights(tmp_path / "run"))
+    np.testing.assert_allclose(logits(model, tokens), logits_BTV, rtol=1e-4, atol=1e-4)
+    for row in completed:
+        np.testing.assert_array_equal(generate(model, row[:6].tolist(), num_tokens=18)[0], row[6:])
+    finished = call_program("convert_gpt2", "export", tmp_path / "run", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == stored.keys()
+    for key, array in stored.items():
+        np.testing.assert_array_equal(found[key], array)
+    assert f"A {name.capitalize()} of " in (tmp_path / "out" / "README.md").read_text()
 
 
 # Exports

@@ -14,8 +14,9 @@ import numpy as np
 
 from outside_in.config import ModelConfig
 from outside_in.config_files import parse_config
+from outside_in.huggingface import tensors
 
-# The name in this package, Hugging Face's name, and the axes: V vocabulary, T context, D embedding, and multiples of D.
+# The name in this package, Hugging Face's name, and the axes: V vocabulary, T context, D embedding, F feed-forward.
 TABLE = (
     ("token_embedding.embedding", "wte.weight", "V D"),
     ("position_embedding.embedding", "wpe.weight", "T D"),
@@ -32,20 +33,25 @@ TABLE_OF_A_BLOCK = (
     ("attention.output.bias", "attn.c_proj.bias", "D"),
     ("feed_forward_norm.scale", "ln_2.weight", "D"),
     ("feed_forward_norm.bias", "ln_2.bias", "D"),
-    ("feed_forward.expand.kernel", "mlp.c_fc.weight", "D 4D"),
-    ("feed_forward.expand.bias", "mlp.c_fc.bias", "4D"),
-    ("feed_forward.project.kernel", "mlp.c_proj.weight", "4D D"),
+    ("feed_forward.expand.kernel", "mlp.c_fc.weight", "D F"),
+    ("feed_forward.expand.bias", "mlp.c_fc.bias", "F"),
+    ("feed_forward.project.kernel", "mlp.c_proj.weight", "F D"),
     ("feed_forward.project.bias", "mlp.c_proj.bias", "D"),
 )
 PREFIX, HEAD = "transformer.", "lm_head.weight"  # the prefix is left out in OpenAI's own files
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer that older files hold: no weight
-BIASES = {"qkv_bias": "attention.query_key_value.bias", "attention_output_bias": "attention.output.bias"}
+BIASES = {
+    "qkv_bias": ("attention.query_key_value.bias",),
+    "attention_output_bias": ("attention.output.bias",),
+    "bias": ("feed_forward.expand.bias", "feed_forward.project.bias"),
+}
 SHAPE = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
     "emb_dim": "n_embd",
     "n_heads": "n_head",
     "n_layers": "n_layer",
+    "feed_forward_dim": "n_inner",
 }
 COMPUTED = {  # what the options of a GPT2Config may be, of those that change the numbers; the first is its default
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -54,32 +60,22 @@ COMPUTED = {  # what the options of a GPT2Config may be, of those that change th
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-FLOATS = ("float32", "float16", "bfloat16", "float64")
-MAX_SHOWN = 12  # mismatches in one line
 
 
 def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
     """Return the model config of a `config.json` of Hugging Face.
 
-    Raises ValueError when it is another architecture, or has an unsupported option; `source` names the file in its
-    message.
+    Raises ValueError when it has an unsupported option; `source` names the file in its message.
     """
-    if hf_config.get("model_type") != "gpt2":
-        found = hf_config.get("model_type") or hf_config.get("architectures") or "no model_type"
-        raise ValueError(f"{source}: expected model_type 'gpt2', got {str(found)[:60]!r}; only GPT-2's can be imported")
     shape = {name: hf_config.get(hf_name) for name, hf_name in SHAPE.items()}
     shape |= {"qkv_bias": True, "tied_head": hf_config.get("tie_word_embeddings", True)}
     try:
         config = parse_config(json.dumps(shape), ModelConfig, source)
     except ValueError as error:
-        message = str(error)
-        for name, hf_name in (*SHAPE.items(), ("tied_head", "tie_word_embeddings")):
-            message = message.replace(name, hf_name)
-        raise ValueError(message) from None
-    options = COMPUTED | {"n_inner": (None, 4 * config.emb_dim)}
+        raise ValueError(tensors.with_names(str(error), SHAPE | {"tied_head": "tie_word_embeddings"})) from None
     problems = [
         f"{option}={json.dumps(hf_config[option])}, expected {' or '.join(map(json.dumps, values))}"
-        for option, values in options.items()
+        for option, values in COMPUTED.items()
         if hf_config.get(option, values[0]) not in values
     ]
     if problems:
@@ -90,19 +86,22 @@ def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
 def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
     """Return the `config.json` of a model for Hugging Face.
 
-    Raises ValueError when the model lacks one of GPT-2's parts.
+    Raises ValueError when the model lacks one of GPT-2's parts, or has another.
     """
-    missing = ("position_embedding", "pre_norm", "shortcut", "feed_forward", "output_norm")
-    refused = [f"{switch}=false" for switch in missing if not getattr(config, switch)]
-    refused += ["n_layers=0"] if config.n_layers == 0 else []
+    needed = dict.fromkeys(("position_embedding", "pre_norm", "shortcut"), True)
+    needed |= {} if config.activation == "gelu" else {"feed_forward": True}
+    needed |= {"output_norm": True, "norm": "layer"}
+    needed |= dict.fromkeys(("qk_norm", "embedding_scale", "value_embeddings"), False)
+    needed |= dict.fromkeys(("logit_soft_cap", "sliding_window"), None)
+    needed |= {} if config.num_kv_heads == config.n_heads else {"n_kv_heads": None}
+    refused = tensors.differing(config, needed) + (", n_layers=0" if config.n_layers == 0 else "")
     if refused:
-        raise ValueError(f"not a GPT-2, so it cannot be exported: its model.json says {', '.join(refused)}")
+        raise ValueError(f"not a GPT-2, so it cannot be exported: its model.json says {refused.removeprefix(', ')}")
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{hf_name: getattr(config, name) for name, hf_name in SHAPE.items()},
         **{option: values[0] for option, values in COMPUTED.items()},
-        "n_inner": None,
         "tie_word_embeddings": config.tied_head,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -130,30 +129,10 @@ def import_weights(hf_arrays: Mapping[str, Any], config: ModelConfig, source: st
             short[key] = array
     head = short.pop(HEAD, None) if config.tied_head else None  # then it is the token embedding once more
     expected = _names(config)
-    problems += [f"{name} is missing" for name in sorted(expected.keys() - short.keys())]
-    problems += [f"{name[:100]!r} is unknown" for name in sorted(short.keys() - expected.keys())]
-    for name in sorted(expected.keys() & short.keys()):
-        shape, found = expected[name][1], tuple(short[name].shape)
-        if found != shape:
-            problems.append(f"{name} is {list(found)}, expected {list(shape)}")
-        elif str(short[name].dtype) not in FLOATS:
-            problems.append(f"{name} is {short[name].dtype}, expected one of {', '.join(FLOATS)}")
-    if problems:
-        more = f"; and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        raise ValueError(f"{source}: {len(problems)} tensors do not fit: {'; '.join(problems[:MAX_SHOWN])}{more}")
-    arrays = {name: _single(short[hf_name], f"{source}: {hf_name}") for hf_name, (name, _) in expected.items()}
-    if head is not None and not np.array_equal(np.asarray(head, np.float32), arrays[TABLE[0][0]]):
-        raise ValueError(f"{source}: {HEAD} differs from wte.weight, but config.json ties them")
+    tensors.check(short, {name: shape for name, (_, shape) in expected.items()}, source, problems)
+    arrays = {name: tensors.single(short[hf_name], f"{source}: {hf_name}") for hf_name, (name, _) in expected.items()}
+    tensors.check_tied(head, arrays[TABLE[0][0]], "wte.weight", source)
     return arrays
-
-
-def _single(array: Any, source: str) -> np.ndarray:
-    """Read an array as float32. Raises ValueError when a number is too large for it."""
-    with np.errstate(over="ignore"):
-        single = np.asarray(array).astype(np.float32)
-    if not np.isfinite(single).all():
-        raise ValueError(f"{source}: expected finite float32 numbers, got others")
-    return single
 
 
 def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -163,7 +142,7 @@ def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
     """
     if unknown := sorted(arrays.keys() - {name for name, _ in _names(config).values()}):
         raise ValueError(f"{unknown[0]}: GPT-2 has no such parameter, so this model cannot be exported")
-    lacking = tuple(bias for switch, bias in BIASES.items() if not getattr(config, switch))
+    lacking = tuple(name for switch, names in BIASES.items() if not getattr(config, switch) for name in names)
     return {
         hf_name if hf_name == HEAD else PREFIX + hf_name: np.zeros(shape, np.float32)
         if name.endswith(lacking)
@@ -176,8 +155,8 @@ def without_zero_biases(
     arrays: Mapping[str, np.ndarray], config: ModelConfig, original: ModelConfig
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Remove the biases that `export_weights` added to a model, `original`."""
-    for switch, bias in BIASES.items():
-        names = [name for name in arrays if name.endswith(bias)]
+    for switch, biases in BIASES.items():
+        names = [name for name in arrays if name.endswith(biases)]
         if not getattr(original, switch) and not any(arrays[name].any() for name in names):
             arrays = {name: array for name, array in arrays.items() if name not in names}
             config = config.model_copy(update={switch: False})
@@ -190,7 +169,7 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     The keys are Hugging Face's names, without the prefix.
     """
     width = config.emb_dim
-    sizes = {"V": config.vocab_size, "T": config.context_length, "D": width, "3D": 3 * width, "4D": 4 * width}
+    sizes = {"V": config.vocab_size, "T": config.context_length, "D": width, "3D": 3 * width, "F": config.inner_width}
     rows = [row for row in TABLE if not (config.tied_head and row[1] == HEAD)]
     for layer in range(config.n_layers):
         rows += [(f"blocks.{layer}.{name}", f"h.{layer}.{hf_name}", axes) for name, hf_name, axes in TABLE_OF_A_BLOCK]

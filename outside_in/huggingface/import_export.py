@@ -1,4 +1,4 @@
-"""Imports a GPT-2 as a run, and exports a run for `transformers`."""
+"""Imports a GPT-2, Llama or Qwen3 as a run, and exports a run for `transformers`."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from outside_in.config import ModelConfig
 from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
 from outside_in.data.tokenizer import TOKENIZER_FILE
-from outside_in.huggingface import gpt2_names, tokenizer_formats
+from outside_in.huggingface import formats, tokenizer_formats
 from outside_in.huggingface.upload import upload
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.runtime import cli, signals
@@ -41,19 +41,20 @@ FINE_TUNING = {  # the train.json of an imported run: a start for the user's own
 
 
 def import_run(source: str, target: Path) -> int:
-    """Create a run that starts from the weights of a GPT-2.
+    """Create a run that starts from the weights of a GPT-2, Llama or Qwen3.
 
     `source` is a folder or a model of the Hub. Returns the exit code.
     """
     folder = find_folder(source)
     hf_config = read_json(folder / CONFIG)
-    config = gpt2_names.import_config(hf_config, str(folder / CONFIG))
+    names = formats.of_config(hf_config, str(folder / CONFIG))
+    config = names.import_config(hf_config, str(folder / CONFIG))
     tokenizer = tokenizer_formats.find(folder, hf_config.get("eos_token_id"), config.vocab_size)
     hf_arrays, metadata = open_weights(folder)
-    arrays = gpt2_names.import_weights(hf_arrays, config, str(folder))
+    arrays = names.import_weights(hf_arrays, config, str(folder))
     if "model.json" in metadata:  # an export of this program
         original = parse_config(metadata["model.json"], type(config), f"{folder}: model.json in its metadata")
-        arrays, config = gpt2_names.without_zero_biases(arrays, config, original)
+        arrays, config = formats.before_export(arrays, config, original)
     is_gpt2 = tokenizer is not None and tokenizer.name == "gpt2"
     with atomic_directory(target) as staging:
         initial = RunDirectory(staging).initial_weights
@@ -81,7 +82,7 @@ def import_run(source: str, target: Path) -> int:
 
 
 def find_folder(source: str) -> Path:
-    """Return the local folder of a GPT-2, downloaded if need be."""
+    """Return the local folder of a model, downloaded if need be."""
     if (folder := Path(source)).is_dir() and not source.startswith(HUB):
         if RunDirectory(folder).train_config.is_file():
             raise ValueError(f"{source}: is a run already; import takes a folder in Hugging Face's format")
@@ -167,15 +168,16 @@ def push_run(source: Path, name: str, which: str | None, *, token: str, public: 
 def write_export(path: Path, target: Path, name: str) -> int:
     """Write the folder of an export; returns how many parameters it has.
 
-    `path` is a weights file, and `name` that by which the model will be loaded. Raises ValueError when it is no GPT-2.
+    `path` is a weights file, and `name` that by which the model will be loaded. Raises ValueError when no format
+    holds it.
     """
     model = load_saved_model(path)
-    config, tokenizer = model.config, find_tokenizer(path)
+    config, tokenizer, names = model.config, find_tokenizer(path), formats.of_model(model.config)
     try:
-        described = gpt2_names.export_config(config, tokenizer.end_of_text if tokenizer else None)
+        described = names.export_config(config, tokenizer.end_of_text if tokenizer else None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    arrays = gpt2_names.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
+    arrays = names.export_weights(host_arrays(nnx.state(model, nnx.Param)), config)
     with atomic_directory(target) as staging:
         save_weights(
             staging / WEIGHTS, arrays, config.model_dump_json(), tokenizer.identity if tokenizer else None, format="pt"
@@ -238,7 +240,7 @@ def model_card(name: str, weights: Path, config: ModelConfig, parameters: int) -
         "",
     ]
     lines += [
-        f"A GPT-2 of {parameters:,} parameters, {origin}: {counted(config.n_layers, 'layer')}, "
+        f"A {formats.family(config)} of {parameters:,} parameters, {origin}: {counted(config.n_layers, 'layer')}, "
         f"{counted(config.n_heads, 'head')}, width "
         f"{config.emb_dim}, context {config.context_length:,}, vocabulary {config.vocab_size:,}, "
         f"{'tied' if config.tied_head else 'untied'} head.",

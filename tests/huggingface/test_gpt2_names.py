@@ -46,13 +46,17 @@ def test_logits_are_those_of_transformers(head):
 
 @pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("qkv_bias", [True, False])
-@pytest.mark.parametrize("attention_output_bias", [True, False])
-def test_what_is_exported_is_imported_as_it_was(tied_head, qkv_bias, attention_output_bias):
-    switches = {"tied_head": tied_head, "qkv_bias": qkv_bias, "attention_output_bias": attention_output_bias}
+@pytest.mark.parametrize(
+    "others",
+    [{"attention_output_bias": True}, {"attention_output_bias": False}, {"bias": False}, {"feed_forward_dim": 24}],
+    ids=str,
+)
+def test_what_is_exported_is_imported_as_it_was(tied_head, qkv_bias, others):
+    switches = {"tied_head": tied_head, "qkv_bias": qkv_bias and others.get("bias", True)} | others
     model = with_larger_weights(tiny_model(n_layers=2, **switches))
     theirs = export_weights(arrays_of(model), model.config)
     config = import_config(export_config(model.config, None), "config.json")
-    assert config == model.config.model_copy(update={"qkv_bias": True, "attention_output_bias": True})
+    assert config == model.config.model_copy(update=dict.fromkeys(("qkv_bias", "attention_output_bias", "bias"), True))
     arrays = import_weights(theirs, config, "theirs")
     tokens = np.arange(12).reshape(1, 12)
     np.testing.assert_array_equal(logits(model_of(config, arrays), tokens), logits(model, tokens))
@@ -107,14 +111,12 @@ def test_a_line_shows_but_the_first_of_many_mismatches():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "llama"}, "got 'llama'; only GPT-2's can be imported"),
-        ({"model_type": None}, "['GPT2LMHeadModel']"),
         ({"activation_function": "gelu"}, 'activation_function="gelu", expected "gelu_new" or "gelu_pytorch_tanh"'),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, expected 1e-05"),
         ({"scale_attn_weights": False}, "scale_attn_weights=false, expected true"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true, expected false"),
         ({"add_cross_attention": True}, "add_cross_attention=true, expected false"),
-        ({"n_inner": 100}, "n_inner=100, expected null or 64"),
+        ({"n_inner": "64"}, "n_inner: expected a valid integer"),
         ({"n_embd": None}, "n_embd: expected a valid integer, got null"),
         ({"n_embd": "16"}, "n_embd: expected a valid integer, got"),
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
@@ -140,6 +142,29 @@ def test_several_options_are_told_at_once():
 def test_a_switch_that_gpt2_does_not_have_is_refused_by_name(switch):
     with pytest.raises(ValueError, match=f"not a GPT-2, so it cannot be exported: its model.json says {switch}=false$"):
         export_config(tiny_model_config(**{switch: False}), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"norm": "rms", "qk_norm": True}, 'norm="rms", qk_norm=true'),
+        ({"feed_forward": "relu2"}, 'feed_forward="relu2"'),
+        ({"n_kv_heads": 2, "sliding_window": 4}, "sliding_window=4, n_kv_heads=2"),
+        ({"logit_soft_cap": 15}, "logit_soft_cap=15.0"),
+        ({"value_embeddings": True, "embedding_scale": True}, "embedding_scale=true, value_embeddings=true"),
+        ({"position": "none"}, "position_embedding=false"),
+    ],
+    ids=str,
+)
+def test_a_part_that_gpt2_does_not_have_is_refused_by_name(changes, told):
+    with pytest.raises(ValueError, match="not a GPT-2, so it cannot be exported") as caught:
+        export_config(tiny_model_config(**changes), None)
+    assert str(caught.value).endswith(f"its model.json says {told}")
+
+
+def test_parts_that_are_named_but_gpt2s_are_exported():
+    config = tiny_model_config(position="learned", feed_forward="gelu", n_kv_heads=4, norm="layer")
+    assert export_config(config, None) == export_config(tiny_model_config(), None)
 
 
 def test_the_shell_is_no_gpt2():
