@@ -41,7 +41,10 @@ def save_weights(
 ) -> None:
     """Write a weights file, readable by all; the model's shape and its tokenizer's identity ride in its metadata."""
     named = {TOKENIZER_KEY: json.dumps(tokenizer)} if tokenizer else {}
-    save_file(dict(arrays), path, metadata={"model.json": model_json, **named, **metadata})
+    in_order = {
+        name: np.asarray(array, order="C") for name, array in arrays.items()
+    }  # the library writes memory as it is
+    save_file(in_order, path, metadata={"model.json": model_json, **named, **metadata})
     path.chmod(0o644)
 
 

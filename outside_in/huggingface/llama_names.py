@@ -157,7 +157,7 @@ def export_weights(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dic
     for name, parts in names.items():
         ends = list(itertools.accumulate(shape[0] for shape in parts.values()))
         split = np.split(arrays[name].T, ends[:-1]) if _is_matrix(name) else [arrays[name]]
-        exported |= {hf_name: np.ascontiguousarray(part) for hf_name, part in zip(parts, split, strict=True)}
+        exported |= dict(zip(parts, split, strict=True))
     return exported
 
 

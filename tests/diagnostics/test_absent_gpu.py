@@ -97,6 +97,18 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_there(run):
 
 
 @needs_wheels
+def test_cudnn_takes_grouped_queries_rotations_and_windows(make_run, tmp_path):
+    parts = {"position": "rope", "qk_norm": True, "n_kv_heads": 1, "sliding_window": 16, "window_pattern": "SL"}
+    run, report = make_run(model=MODEL | parts, train=TRAIN), tmp_path / "report.json"
+    finished = as_users_do("benchmarks/roofline.py", run, "--device", "h100", "--json", report)
+    assert finished.returncode == 0, finished.stderr
+    pairs = LENGTH / 2 + 16 * (1 - 16 / (2 * LENGTH))  # each query's, in both layers
+    attention = 2 * (2 + 5) * MICROBATCHES * SEQUENCES * LENGTH * pairs * WIDTH
+    kinds = json.loads(report.read_text())["kinds"]
+    assert kinds["attention by cuDNN"]["teraflops"] == pytest.approx(attention / 1e12, rel=1e-6)
+
+
+@needs_wheels
 def test_the_operations_are_those_of_the_model(run, tmp_path):
     report = tmp_path / "report.json"
     finished = as_users_do("benchmarks/roofline.py", run, "--device", "h100", "--json", report)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpointing
 from outside_in.inference.load import load_saved_model
-from outside_in.weights import read_model_json
+from outside_in.weights import load_weights, read_model_json, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def test_a_copied_file_is_the_same_model_elsewhere(saved, tmp_path):
     assert loaded.dtype == jnp.float32
     np.testing.assert_array_equal(loaded(tokens), model(tokens))
     assert loaded(tokens).shape == (1, 16, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6.0).reshape(2, 3).T, np.float32(3), np.arange(8)[::2]], ids=["transposed", "scalar", "strided"]
+)
+def test_an_array_is_saved_as_it_is_whatever_its_order_in_memory(tmp_path, array):
+    save_weights(tmp_path / "model.safetensors", {"a": array}, "{}")
+    np.testing.assert_array_equal(np.asarray(load_weights(tmp_path / "model.safetensors")["a"]), array)
 
 
 def test_a_flipped_bit_is_noticed_where_the_manifest_is_at_hand(saved, tmp_path):
