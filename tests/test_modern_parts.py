@@ -155,6 +155,19 @@ def test_the_first_loss_is_near_that_of_a_uniform_guess(case):
     assert float(tiny_model(**CASES[case]).loss(tokens, tokens)) == pytest.approx(np.log(VOCAB_SIZE), abs=0.1)
 
 
+def test_parts_that_are_off_leave_nothing_in_the_step():
+    """GPT-2 spelled out, with the new keys, is the same program as GPT-2 in the words of old files."""
+    tokens = tokens_BT()
+
+    def step(**changes):
+        return nnx.jit(loss_and_gradient).lower(tiny_model(**changes), tokens, tokens, None).as_text()
+
+    spelled_out = {"position": "learned", "norm": "layer", "feed_forward": "gelu", "feed_forward_dim": 4 * 32}
+    assert step(**spelled_out, n_kv_heads=4, bias=True) == step()
+    assert step(norm="rms") != step()
+    assert not any(operation in step() for operation in ("cosine", "sine", "logistic"))
+
+
 # Figures by hand
 
 D, F, V, T = 768, 2048, 50257, 1024
