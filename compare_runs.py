@@ -12,6 +12,8 @@ def main(args: argparse.Namespace) -> int:
     for path in args.runs:
         if not find_runs(path):
             raise ValueError(f"{path}: expected a run or a folder of runs, found no train.json there; name another")
+    if args.to_loss is not None and not 0 < args.to_loss < float("inf"):
+        raise ValueError(f"--to-loss {args.to_loss}: expected a positive number")
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: expected a file in a folder that exists; name another --output")
     if args.output.suffix == ".html":  # the page's, which stands beside it

@@ -77,6 +77,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: expected with --check or --find-microbatch, which only compile")
     if args.devices is not None and (not args.device or args.devices < 1):
         raise ValueError(f"--devices {args.devices}: expected a positive number, and --device")
+    if args.new and args.mode:
+        raise ValueError(f"--{args.mode}: expected without --new, which only writes a run's files; type it afterwards")
     if bool(args.new) != bool(args.like):
         raise ValueError("--new and --like: expected together: --new RUN --like RUN KEY=VALUE …")
     if args.run and not args.new and str(args.run).partition("=")[0] in KNOWN and not args.run.exists():
@@ -237,4 +239,4 @@ def make_parser() -> cli.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), trains=True)

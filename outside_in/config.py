@@ -161,11 +161,6 @@ class TrainConfig(Config):
             return getattr(self, name) != type(self).model_fields[name].default
 
         warmup, decay = self.warmup_period_percent, self.decay_percent
-        if self.warmup_tokens is not None and is_set("warmup_period_percent"):
-            raise ValueError(
-                f"warmup_tokens={self.warmup_tokens} and warmup_period_percent={warmup:g} contradict each other; "
-                "remove one"
-            )
         if self.schedule != "wsd" and is_set("decay_percent"):
             raise ValueError(f'schedule="{self.schedule}" has no decay_percent; remove it, or use schedule "wsd"')
         if self.schedule == "constant" and is_set("final_learning_rate_percent"):

@@ -12,6 +12,7 @@ from optax import contrib
 
 from outside_in.config import TrainConfig
 from outside_in.config_files import MAX_COUNT
+from outside_in.storage.text import counted
 
 MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
 BLOCKS = "blocks"  # the part of a parameter's name that says that it is a block's
@@ -69,6 +70,18 @@ def count_moments(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> in
     return sum(math.prod(x.shape) for x in jax.tree.leaves(state))
 
 
+def describe_rule(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> str:
+    """Return a line that names the rule; of Muon also what it takes, and at which peak."""
+    if config.optimizer != "muon":
+        return f"rule    {config.optimizer}"
+    taken = [shape for name, shape in shapes.items() if _is_for_muon(name, len(shape))]
+    peak = config.muon_learning_rate or config.learning_rate
+    return (
+        f"rule    muon on {sum(map(math.prod, taken)):,} parameters in {counted(len(taken), 'matrix', 'matrices')} of "
+        f"blocks, peak {peak:g}; adamw on all others"
+    )
+
+
 def _decays(config: TrainConfig) -> Any:
     """Return what tells the parameters that decay; None: all."""
     return _are_matrices if config.weight_decay_on == "matrices" else None
@@ -79,5 +92,9 @@ def _are_matrices(params: Any) -> Any:
 
 
 def _muon_or_adamw(path: tuple[Any, ...], array: Any) -> str:
-    names = ".".join(str(getattr(part, "key", part)) for part in path).split(".")
-    return "muon" if BLOCKS in names and array.ndim == MATRIX_NDIM and "embedding" not in names else "adamw"
+    return "muon" if _is_for_muon(".".join(str(getattr(part, "key", part)) for part in path), array.ndim) else "adamw"
+
+
+def _is_for_muon(name: str, ndim: int) -> bool:
+    parts = name.split(".")
+    return BLOCKS in parts and ndim == MATRIX_NDIM and "embedding" not in parts

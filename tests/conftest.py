@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,9 @@ XLA_FLAGS = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # later ones do not know it, and abort
     XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: programs would be deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One compilation cache for the session, its workers and the programs that it starts: all compile the same few things.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory(prefix="compiled-")

@@ -346,11 +346,6 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         (TrainConfig, {"mesh": {"data": 0}}, "data=0: expected -1"),
         (
             TrainConfig,
-            {"warmup_tokens": 1e3, "warmup_period_percent": 10},
-            "warmup_tokens=1000 and warmup_period_percent=10 contradict each other; remove one",
-        ),
-        (
-            TrainConfig,
             {"decay_percent": 30},
             'schedule="cosine" has no decay_percent; remove it, or use schedule "wsd"',
         ),

@@ -237,7 +237,9 @@ def test_more_tokens_come_after_those_of_before_and_none_comes_twice(call_progra
     after = tokens_of(run)
     assert after[:12] == before and len(after) == 15
     edit(run, min_train_tokens=14 * 128)
-    assert "15" in complaint(call_program("train", run, "--accept-changes"))
+    told = complaint(call_program("train", run, "--accept-changes"))
+    assert "the run would end at step 14, but it is at step 15" in told
+    assert complaint(call_program("train", run, "min_train_tokens=1792", "--check")) == told
     again = new_run(min_train_tokens=12 * 128, checkpoint_interval=4)
     call_program("train", again)
     edit(again, min_train_tokens=15 * 128)

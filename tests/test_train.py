@@ -61,9 +61,9 @@ def test_a_run_trains_to_its_end_and_says_so_when_typed_again(train, make_run):
     best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
     assert (run / "checkpoints" / "best").resolve().name.endswith(f"iteration-{best['global_step']}")
     assert re.search(r"first loss \d\.\d{4}; a uniform guess over 101 tokens is 4\.6151", first.stdout)
-    [time_line] = re.findall(r"  time    \S+ since the start: (.*)", first.stdout)
+    [time_line] = re.findall(r"  time    .* since the start: (.*)", first.stdout)
     parts = {"starting", "compiling", "steps", "preparing data", "validation", "samples", "checkpoints"}
-    assert set(re.findall(r"\d:\d\d:\d\d ([a-z ]+) \(", time_line)) == parts
+    assert set(re.findall(r"(?:\d s|:\d\d) ([a-z ]+) \(", time_line)) == parts
     for line in (
         r"trained 1,536 tokens in 12 of 12 steps; \d:\d\d:\d\d in all",
         r"speed   [\d,]+ tokens/s in steps alone; [\d,]+ tokens/s with all else",
@@ -129,7 +129,7 @@ def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(tra
         r"stopped and saved at step \d+ of 96; to resume, type the same line again \(uv run train.py \S*interrupted\)",
         output,
     )
-    assert re.search(r"  time    .*\d:\d\d:\d\d steps \(", output)
+    assert re.search(r"  time    .*\d s steps \(", output)
     code, output = start_and_signal(interrupted, signal.SIGKILL, after_step=60)
     assert code == -signal.SIGKILL
     assert train(interrupted).returncode == 0

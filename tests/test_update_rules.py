@@ -11,7 +11,7 @@ from helpers import assert_same, complaint, final_state, on_step, send, tiny_mod
 
 from model import create_model
 from outside_in.optimizer import make_optimizer, update_report
-from outside_in.update_rules import RULES, count_moments
+from outside_in.update_rules import RULES, count_moments, describe_rule
 from outside_in.weights import named_arrays
 
 OTHERS = sorted(set(RULES) - {"adamw"})
@@ -149,6 +149,14 @@ def test_the_moments_are_counted(rule, shape):
 def test_a_rate_for_muon_without_muon_is_refused():
     with pytest.raises(ValueError, match='optimizer="adamw" has no muon_learning_rate; remove it, or use'):
         tiny_train_config(muon_learning_rate=0.02)
+
+
+def test_the_rule_is_named_and_what_muon_takes():
+    shapes = {"blocks.0.kernel": (4, 6), "blocks.1.kernel": (4, 4), "blocks.1.bias": (4,), "table": (5, 4)}
+    config = tiny_train_config(optimizer="muon", muon_learning_rate=0.02)
+    expected = "rule    muon on 40 parameters in 2 matrices of blocks, peak 0.02; adamw on all others"
+    assert describe_rule(config, shapes) == expected
+    assert describe_rule(tiny_train_config(optimizer="lion"), shapes) == "rule    lion"
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from outside_in.runtime.machine import memory_bytes
 from outside_in.runtime.mesh import FSDP, describe_mesh, make_mesh, one_device
 from outside_in.storage.run_directory import RunDirectory
 from outside_in.storage.text import counted
-from outside_in.update_rules import MATRIX_NDIM, count_moments
+from outside_in.update_rules import MATRIX_NDIM, count_moments, describe_rule
 
 GIB = 2**30
 BLOCK = re.compile(r"^blocks\.\d+\.")  # they are alike
@@ -134,6 +134,8 @@ def describe(
             f"{train.dataset}){ratio if train.objective == 'next-token' else ''}"
         )
         lines += [_learning_rate(train, steps * train.epochs, tokens_per_step)] if steps else []
+    if train.optimizer != "adamw":
+        lines.append(describe_rule(train, shapes))
     min_ndim = MATRIX_NDIM if train.weight_decay_on == "matrices" else 0
     decaying = sum(math.prod(shape) for shape in shapes.values() if len(shape) >= min_ndim)
     lines.append(f"decay   {train.weight_decay:g} on {decaying:,} of {parameters:,} parameters")

@@ -197,7 +197,7 @@ def _finish(axes: "Axes", title: str, y_label: str, x_label: str) -> None:
     axes.set_title(literal(title))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x == round(x) else f"{x:,g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

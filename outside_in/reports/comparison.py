@@ -61,11 +61,9 @@ class RunResult:
 
     @property
     def average_loss(self) -> float | None:
-        """Return the mean training loss of the last checkpoint period.
-
-        That is as many steps as lie between two checkpoints.
-        """
-        losses = self.records.column("loss", self.config.checkpoint_interval)
+        """Return the mean training loss since the last milestone before the end, as the run itself does."""
+        interval = self.config.checkpoint_interval
+        losses = self.records.column("loss", (self.records.last["global_step"] - 1) % interval + 1)
         return statistics.fmean(losses) if len(losses := losses[~np.isnan(losses)]) else None
 
     @property
@@ -196,7 +194,10 @@ def _loss(loss: float | None) -> str:
 
 
 def _perplexity(loss: float | None) -> str:
-    return "–" if loss is None else f"{math.exp(min(loss, 700)):#,.4g}"
+    if loss is None:
+        return "–"
+    perplexity = math.exp(min(loss, 700))
+    return f"{perplexity:,.4g}" if perplexity >= 1000 else f"{perplexity:#.4g}"
 
 
 def _clock(seconds: float) -> str:

@@ -4,5 +4,5 @@ COMPARISON = "comparison.png"  # unless another name is asked for
 X_LABELS = {  # where runs are compared
     "tokens": "training tokens",
     "steps": "global step",
-    "seconds": "seconds of training steps, compiling included",
+    "seconds": "seconds of training steps",
 }

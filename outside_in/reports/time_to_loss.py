@@ -15,7 +15,7 @@ from outside_in.storage.records import Records
 class Reached(NamedTuple):
     tokens: float
     steps: float
-    seconds: float  # of steps, compiling included
+    seconds: float  # of steps alone
     flops: float
 
 

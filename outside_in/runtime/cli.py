@@ -7,11 +7,13 @@ import io
 import itertools
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from outside_in.runtime import log
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+READER_HAS_GONE = (errno.EPIPE, errno.EIO)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,6 +65,7 @@ class _TolerantStream:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
+        self.is_cut_short = False
         self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115  # it was closed before the program started
         if isinstance(self._stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 lacks characters
             self._stream.reconfigure(errors="replace")
@@ -80,7 +84,8 @@ class _TolerantStream:
             self._tolerate(error, is_last=is_last)
 
     def _tolerate(self, error: OSError, *, is_last: bool = False) -> None:
-        if is_last or error.errno in (errno.EPIPE, errno.EIO):  # nobody reads what is still to come
+        self.is_cut_short |= error.errno not in READER_HAS_GONE
+        if is_last or error.errno in READER_HAS_GONE:  # nobody reads what is still to come
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -88,15 +93,23 @@ class _TolerantStream:
 
 
 def run(
-    main: Callable[[argparse.Namespace], int], parser: ArgumentParser, arguments: list[str] | None = None
+    main: Callable[[argparse.Namespace], int],
+    parser: ArgumentParser,
+    arguments: list[str] | None = None,
+    *,
+    trains: bool = False,
 ) -> NoReturn:
     """Run `main` on the parsed arguments and exit with its code.
 
+    Output that the disk has no place for makes that code 1, unless the program `trains`: then it is only a log.
     An exception becomes one line and an exit code: 2 for ValueError, which the user can fix, 1 for everything else.
     """
     args = parser.parse_args(arguments)
     warnings.showwarning = _show_warning
     log.set_up()
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
+    if listens:
+        signal.signal(signal.SIGINT, _interrupt)
     output: Any = _TolerantStream(sys.stdout)
     errors: Any = _TolerantStream(sys.stderr)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -107,9 +120,25 @@ def run(
             code = INTERRUPTED
         except Exception as error:
             code = report_error(error, debug=args.debug)
+        finally:
+            if listens:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         output.flush(is_last=True)
+        if output.is_cut_short and code == DONE and not trains:
+            print("error: the output could not be written, is the disk full?", file=sys.stderr)
+            code = FAILED
         errors.flush(is_last=True)
     raise SystemExit(code)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; but leave at once during an import, which may swallow that, or crash from it."""
+    while frame:
+        if "importlib" in frame.f_code.co_filename:
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    signal.default_int_handler(signum, frame)
 
 
 def report_error(error: Exception, *, debug: bool) -> int:

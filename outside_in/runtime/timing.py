@@ -13,6 +13,7 @@ class TimeBudget:
     def __init__(self, what: str) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._what, self._since = what, time.monotonic()
+        self.started = self._since
 
     def switch(self, what: str) -> str:
         """Book the time from now on for `what`; return the activity before."""
@@ -34,10 +35,15 @@ class TimeBudget:
         """Return one line, longest activity first, whose parts add up."""
         self.switch(self._what)
         total = sum(self._seconds.values())
+        unit, show = (1, _clock) if total >= 60 else (10, lambda tenths: f"{tenths / 10:.1f} s")
         parts, so_far = [], 0.0
         for what, seconds in sorted(self._seconds.items(), key=lambda item: -item[1]):
             before, so_far = so_far, so_far + seconds
-            whole = round(so_far) - round(before)  # rounded where it begins and ends, so that nothing is lost
+            shown = round(unit * so_far) - round(unit * before)  # rounded where it begins and ends: nothing is lost
             share = round(1000 * so_far / total) - round(1000 * before / total) if total else 0
-            parts.append(f"{timedelta(seconds=whole)} {what} ({share / 10:.1f}%)")
-        return f"time    {timedelta(seconds=round(total))} since the start: {', '.join(parts)}"
+            parts.append(f"{show(shown)} {what} ({share / 10:.1f}%)")
+        return f"time    {show(round(unit * total))} since the start: {', '.join(parts)}"
+
+
+def _clock(seconds: int) -> str:
+    return str(timedelta(seconds=seconds))

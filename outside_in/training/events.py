@@ -12,7 +12,8 @@ Event = dict[str, Any]
 
 def started(snapshot: dict[str, Any]) -> list[Event]:
     """Return the events of a new run. `snapshot` is what its checkpoints will say of configs and versions."""
-    return [_event(0, f"started on {snapshot['versions']['device']}")]
+    given = [f"{name}={_literal(value)}" for name, value in snapshot.get("overrides", {}).items()]
+    return [_event(0, f"started on {snapshot['versions']['device']}{', with ' if given else ''}{' '.join(given)}")]
 
 
 def resumed(meta: dict[str, Any], snapshot: dict[str, Any]) -> list[Event]:

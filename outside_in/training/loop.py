@@ -109,6 +109,7 @@ def compile_step(state: TrainState, batch: Batch, seed_key: jax.Array) -> Compil
     step = compile_train_step(state.model, state.optimizer, batch, seed_key, state.config, state.mesh)
     memory.check(step, state.model_config, state.config)
     state.time_budget.switch("steps")
+    state.last_collected = time.monotonic()  # what came before is no part of the first step
     return step
 
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from checkpointing import META_FILE, find_checkpoints
-from outside_in.config import ModelConfig, TrainConfig
+from outside_in.config import ModelConfig, TrainConfig, devices_at_start, tokens_per_global_step
 from outside_in.config_files import Config, OnResume
 from outside_in.data.hub import HUB
+from outside_in.data.run_length import total_steps
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.optimizer import SCHEDULE_KEYS, learning_rate_schedule
 from outside_in.overrides import as_arguments, top_key
@@ -102,6 +103,9 @@ def check_newest(run: RunDirectory, model: ModelConfig, train: TrainConfig, over
     for checkpoint in find_checkpoints(run.checkpoints)[-1:]:
         check_form(checkpoint.meta, checkpoint.path / META_FILE)
         check_configs(checkpoint.meta, model, train, accept=False, overrides=overrides)
+        devices = devices_at_start(train, checkpoint.meta)
+        if total := total_steps(model, train, devices):
+            check_length(checkpoint, total, tokens_per_global_step(model, train, devices), train)
 
 
 def num_train_tokens(meta: dict[str, Any]) -> int | None:

@@ -50,7 +50,6 @@ class TrainState:
     seconds_before: float = 0.0  # trained by earlier processes
     seconds_paused: float = 0.0  # waited for checkpoints, by earlier processes too
     paused: float = 0.0  # the part of it that no record has yet
-    started: float = field(default_factory=time.monotonic)
     last_collected: float = field(default_factory=time.monotonic)
     metrics_are_behind: bool = False  # the last attempt to write them failed
 
@@ -79,7 +78,7 @@ class TrainState:
     @property
     def seconds(self) -> float:
         """Return the time of training by all processes, compiling and checkpoints included."""
-        return self.seconds_before + time.monotonic() - self.started
+        return self.seconds_before + time.monotonic() - self.time_budget.started
 
     @property
     def tokens_per_second(self) -> float:

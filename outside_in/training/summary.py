@@ -10,6 +10,7 @@ import numpy as np
 import checkpointing
 from outside_in.reports.flops import mfu
 from outside_in.runtime.devices import device_kind
+from outside_in.storage.text import counted
 from outside_in.training.state import TrainState
 
 
@@ -19,7 +20,7 @@ def describe_end(state: TrainState, *, is_finished: bool) -> list[str]:
         return [state.time_budget.describe()]
     last = state.records.last
     lines = [
-        f"trained {last['tokens_seen']:,} tokens in {state.global_step:,} of {state.total_steps:,} steps; "
+        f"trained {last['tokens_seen']:,} tokens in {state.global_step:,} of {counted(state.total_steps, 'step')}; "
         f"{timedelta(seconds=round(state.seconds))} in all",
         _speed(state),
         _losses(state),
@@ -44,7 +45,7 @@ def _speed(state: TrainState) -> str:
 def _losses(state: TrainState) -> str:
     newest = state.records.column("loss", state.global_step - state.period_start)
     losses = newest[~np.isnan(newest)].tolist()
-    parts = [f"training {statistics.fmean(losses):.4f} (mean of {len(losses):,} steps)"] if losses else []
+    parts = [f"training {statistics.fmean(losses):.4f} (mean of {counted(len(losses), 'step')})"] if losses else []
     if (validation := state.records.last.get("val_loss")) is not None:
         bits = f", {bits_per_byte(validation, state):.3f} bits per byte" if state.bytes_per_token else ""
         parts.append(f"validation {validation:.4f} (perplexity {math.exp(min(validation, 700)):,.4g}{bits})")

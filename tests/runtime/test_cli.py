@@ -1,8 +1,11 @@
 """The manners of the programs: exit codes, one-line errors, `--debug`."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from helpers import ROOT
 
 from outside_in.runtime import cli
 from outside_in.runtime.log import log, set_up
+from outside_in.storage import metrics
 
 
 @pytest.fixture
@@ -164,3 +168,32 @@ def test_help_and_usage_errors_do_not_wait_for_jax(arguments):
     helps = {"--help": "usage: ", "--help-keys": "key "}
     told = done.stdout.startswith(helps[rest[0]]) if rest[0] in helps else done.stderr.startswith("error: ")
     assert told and done.stderr.splitlines()[-1] == "", done.stderr
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_ctrl_c_during_an_import_leaves_at_once(tmp_path, swallows):
+    waiting = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    swallowing = f"try:\n{textwrap.indent(waiting, '    ')}\nexcept BaseException:\n    pass"
+    (tmp_path / "heavy.py").write_text(swallowing if swallows else waiting)
+    program = (
+        "from outside_in.runtime import cli\n"
+        "def main(args):\n    import heavy\n    return 0\n"
+        "cli.run(main, cli.ArgumentParser('a program'), [])"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize(("program", "code"), [(["train.py", "--help-keys"], 0), (["compare_runs.py"], 1)])
+def test_results_that_are_lost_are_a_failure_but_a_log_is_not(program, code, make_run, tmp_path):
+    run = make_run()
+    record = dict.fromkeys(metrics.NUMBERS | metrics.NULLABLE, 1.0) | {"global_step": 1}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    more = [run, "--output", tmp_path / "chart.png"] if code else []
+    command = [sys.executable, ROOT / program[0], *program[1:], *more]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=100)
+    assert ended.returncode == code
+    assert ("error: the output could not be written" in ended.stderr) == bool(code)

@@ -121,6 +121,9 @@ def test_what_exists_is_not_touched(new, tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--new", "a"], ["--like", "a"], ["--new", "a", "--like", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--new", "a"], ["--like", "a"], ["--new", "a", "--like", "nowhere"], ["--new", "a", "--like", "b", "--check"]],
+)
 def test_a_new_run_needs_one_to_be_like(call_program, arguments):
     assert "expected" in complaint(call_program("train", *arguments))

@@ -32,6 +32,7 @@ def test_overrides_are_recorded_and_hold_for_one_start_alone(train, make_run, ca
     assert f"for this start: learning_rate=0.002 ({run}/train.json: 0.01)" in first.stdout
     values = {"learning_rate": 0.002, "checkpoint_interval": 4, "min_train_tokens": 640}
     meta = newest(run)
+    assert meta["events"][0]["text"].endswith(", with learning_rate=0.002 checkpoint_interval=4 min_train_tokens=640")
     assert meta["overrides"] == values and values.items() <= meta["train_config"].items()
     assert [c.global_step for c in find_checkpoints(run / "checkpoints")] == [4, 5]
     shown = "learning_rate=0.002 checkpoint_interval=4 min_train_tokens=640"
