@@ -111,7 +111,9 @@ def test_a_session_at_a_terminal(start):
     assert echo == "mariner" and completion.startswith("mariner") and len(completion) <= 10
     terminal.type(UP + "\n")  # from the history
     assert terminal.read(until="> ").endswith(f"\n{completion}\n{rest}")
-    terminal.type("albatross" + CTRL_C)
+    terminal.type("albatross")
+    terminal.read(until="albatross")  # once it is shown, the program waits for what comes next
+    terminal.type(CTRL_C)
     assert "\nCtrl-D leaves\n" in terminal.read(until="> ")
     terminal.type(CTRL_D)
     assert terminal.finish() == 0
