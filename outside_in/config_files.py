@@ -90,6 +90,15 @@ class Config(BaseModel):
         return fields
 
 
+PYTHON = {"None": "null", "True": "true", "False": "false"}  # and what they are in JSON
+IN_JSON = {
+    "a valid tuple": 'a list such as ["tensorboard"]',
+    "a valid boolean": "true or false",
+    "a valid number": "a number such as 0.001",
+    "a valid dictionary or instance of MeshConfig": 'an object such as {"fsdp": 2}',
+    **PYTHON,
+}
+
 C = TypeVar("C", bound=Config)
 
 
@@ -128,8 +137,8 @@ def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) 
         return (f"{name}: " if name else "") + first["msg"].removeprefix("Value error, ")[:300]
     got = shortened(json.dumps(first["input"], default=str))
     expected = first["msg"].replace("Input should be", "expected").replace("String should have", "expected")
-    for python, as_json in {"valid tuple": "valid list", "True": "true", "False": "false"}.items():
+    for python, as_json in IN_JSON.items():
         expected = expected.replace(python, as_json)
     choices = re.findall(r"'([^']+)'", expected) if first["type"] == "literal_error" else []
-    close = difflib.get_close_matches(str(first["input"]), choices, n=1)
+    close = difflib.get_close_matches(str(first["input"]), choices, n=1) or PYTHON.get(str(first["input"]), "").split()
     return f"{name}: {expected}, got {got}" + (f"; did you mean {close[0]!r}?" if close else "")

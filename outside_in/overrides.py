@@ -77,8 +77,9 @@ def load_run(run: RunDirectory, changes: Sequence[str]) -> tuple[ModelConfig, Tr
 
     Raises ValueError for a key that cannot change within a run, with the line that makes a new one.
     """
-    values = parse(changes)
     model_config, written = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
+    files = {**{MODEL + key: value for key, value in model_config.model_dump().items()}, **written.model_dump()}
+    values = {key: value for key, value in parse(changes).items() if json.dumps(files.get(key)) != json.dumps(value)}
     fatal = [key for key in values if key.startswith(MODEL) or TrainConfig.on_resume(top_key(key)) == "fatal"]
     if fatal:
         raise ValueError(f"{', '.join(fatal)}: cannot change within a run; make a new one: {new_line(run, changes)}")

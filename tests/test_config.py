@@ -228,6 +228,9 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         ({"objective": "next_token"}, "; did you mean 'next-token'?"),
         ({"log_to": ["tensorbord"]}, """, got "tensorbord"; did you mean 'tensorboard'?"""),
         ({"log_to": ["wandb", "mlflow"]}, ', got "mlflow"'),
+        ({"log_to": "wandb"}, 'log_to: expected a list such as ["tensorboard"], got "wandb"'),
+        ({"shuffle": "True"}, """shuffle: expected true or false, got "True"; did you mean 'true'?"""),
+        ({"clipping_max_norm": "None"}, """expected a number such as 0.001, got "None"; did you mean 'null'?"""),
         ({"log_to": ["wandb", "wandb"]}, "log_to: expected each name once, got 'wandb' 2 times"),
     ],
 )

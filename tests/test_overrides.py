@@ -103,9 +103,19 @@ def test_a_key_that_may_change_within_a_run_may_change_at_a_start(make_run, key)
 def test_a_key_that_cannot_change_within_a_run_is_refused_with_what_makes_another_one(make_run, key):
     run = make_run()
     with pytest.raises(ValueError) as caught:
-        overrides.load_run(RunDirectory(run), ["epochs=2", f"{key}=1"])
-    line = f"uv run train.py --new {run}-2 --like {run} epochs=2 {key}=1"
+        overrides.load_run(RunDirectory(run), ["epochs=2", f"{key}=3"])
+    line = f"uv run train.py --new {run}-2 --like {run} epochs=2 {key}=3"
     assert str(caught.value) == f"{key}: cannot change within a run; make a new one: {line}"
+
+
+def test_a_key_that_stays_as_it_is_is_no_override(make_run):
+    run = RunDirectory(make_run())
+    model_config, config, lines = overrides.load_run(
+        run, ["seed=42", "model.n_layers=1", "model.shortcut=true", "epochs=1"]
+    )
+    assert (model_config, config) == overrides.load_run(run, [])[:2] and lines == []
+    with pytest.raises(ValueError, match=r"model\.shortcut: cannot change within a run"):
+        overrides.load_run(run, ["model.shortcut=1"])
 
 
 def test_the_line_that_makes_another_run_does_when_it_is_typed(train, make_run, tmp_path):
@@ -128,7 +138,10 @@ def test_a_run_in_this_folder_gets_another_one_beside_it(make_run, monkeypatch):
 def test_a_value_that_the_run_cannot_take_names_the_file_and_the_line(train, make_run):
     run = make_run()
     start = f"error: {run}/train.json with learning_rate=fast: "
-    assert complaint(train(run, "learning_rate=fast")) == start + 'learning_rate: expected a valid number, got "fast"'
+    assert (
+        complaint(train(run, "learning_rate=fast"))
+        == start + 'learning_rate: expected a number such as 0.001, got "fast"'
+    )
     (run / "train.json").write_text(json.dumps(TINY_TRAIN | {"seed": -1}))
     assert complaint(train(run, "learning_rate=fast")).startswith(f"error: {run}/train.json: seed: ")
 

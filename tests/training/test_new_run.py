@@ -82,7 +82,7 @@ def test_keys_that_are_given_are_not_adapted(new, tmp_path):
     [
         (["learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         (["model.n_heads=5"], "is not divisible by n_heads=5"),
-        (["learning_rate=fast"], "learning_rate: expected a valid number"),
+        (["learning_rate=fast"], "learning_rate: expected a number such as 0.001"),
         (["learning_rate"], "learning_rate: expected KEY=VALUE"),
         (["=1"], "=1: expected KEY=VALUE"),
         (["learning_rate=1", "learning_rate=2"], "learning_rate: expected once, got it twice"),
