@@ -104,7 +104,8 @@ function across(low, high, left, right) { // the horizontal scale, with its name
   const [unit, name] = isTime ? TIME_UNITS.find(([seconds]) => high > 2 * seconds) || [1, "seconds"] : [1, ""];
   const xs = scale(low, high, isLog, left, right, Math.max(3, (right - left) / 90), unit);
   const text = chosen.x === "tokens" ? short : number;
-  return { ...xs, left, right, name: `${name} ${X_NAMES[chosen.x]}`.trim(), text: (tick) => text(tick.shown) };
+  const ticks = chosen.x === "steps" ? xs.ticks.filter((tick) => Number.isInteger(tick.shown)) : xs.ticks;
+  return { ...xs, ticks, left, right, name: `${name} ${X_NAMES[chosen.x]}`.trim(), text: (tick) => text(tick.shown) };
 }
 
 function upward(chart, values, height) { // the vertical scale
@@ -233,7 +234,7 @@ function drawLine(svg, line, xs, ys, height) {
 
 function drawHeatMap(map, holder) {
   const width = widthOf(holder), row = Math.max(8, Math.min(18, 420 / map.rows.length)), rowsHeight = row * map.rows.length;
-  const left = Math.min(width / 3, 20 + 7 * highest(map.rows.map((name) => name.length)));
+  const left = Math.min(0.45 * width, 20 + 7 * highest(map.rows.map((name) => name.length)));
   const at = map.steps.map((step) => position(step, 0)), xs = across(at[0], at.at(-1), left, width - 26);
   const every = Math.ceil(12 / row); // row that has its name
   const rows = map.rows.map((name, i) => ({ y: TOP + row * (i + 0.5), left: i % every ? "" : name }));

@@ -105,7 +105,9 @@ def _tiles(this: RunInProgress, checkpoints: list[Checkpoint]) -> list[Tile]:
         tiles.append(("MFU", f"{speeds.y[-1] * this.mfu_of_one:.1%}", "lately"))
     tiles += [("tokens", last["tokens_seen"], "trained on"), ("rejected updates", last["rejected_updates"], "")]
     if checkpoints and (peak := _peak_memory(checkpoints[-1])):
-        tiles.append(("peak memory", peak, "of the device, or the process on a CPU"))
+        tiles.append(
+            ("peak memory", peak, "of the process" if this.versions.get("device") == "cpu" else "of the device")
+        )
     return tiles
 
 
