@@ -53,6 +53,8 @@ SHAPE = {
     "n_layers": "n_layer",
     "feed_forward_dim": "n_inner",
 }
+HELD = (*SHAPE, "feed_forward", "n_kv_heads", "position", "tied_head", "window_pattern")  # by the format, or by a check
+HELD += ("bias", "qkv_bias", "attention_output_bias")
 COMPUTED = {  # what the options of a GPT2Config may be, of those that change the numbers; the first is its default
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -94,7 +96,7 @@ def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any
     needed |= dict.fromkeys(("qk_norm", "embedding_scale", "value_embeddings"), False)
     needed |= dict.fromkeys(("logit_soft_cap", "sliding_window"), None)
     needed |= {} if config.num_kv_heads == config.n_heads else {"n_kv_heads": None}
-    refused = tensors.differing(config, needed) + (", n_layers=0" if config.n_layers == 0 else "")
+    refused = tensors.differing(config, needed, HELD) + (", n_layers=0" if config.n_layers == 0 else "")
     if refused:
         raise ValueError(f"not a GPT-2, so it cannot be exported: its model.json says {refused.removeprefix(', ')}")
     return {

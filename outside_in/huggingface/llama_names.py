@@ -54,6 +54,8 @@ SHAPE = {
     "feed_forward_dim": "intermediate_size",
 }
 PARTS = {"position": "rope", "norm": "rms", "feed_forward": "swiglu", "bias": False}
+HELD = (*SHAPE, *PARTS, "position_embedding", "qkv_bias", "attention_output_bias", "qk_norm", "tied_head")
+HELD += ("sliding_window", "window_pattern")
 COMPUTED = {"hidden_act": "silu", "rms_norm_eps": EPSILON, "attention_bias": False, "mlp_bias": False}
 UNLESS_GIVEN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what their configs say then
 LAYER_TYPES = {"sliding_attention": "S", "full_attention": "L"}
@@ -108,7 +110,7 @@ def export_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any
     needed = PARTS | dict.fromkeys(("pre_norm", "shortcut", "output_norm"), True)
     needed |= {"logit_soft_cap": None, "value_embeddings": False, "embedding_scale": False}
     needed |= {} if config.qk_norm else {"sliding_window": None}  # Qwen3 alone has windows
-    if refused := tensors.differing(config, needed):
+    if refused := tensors.differing(config, needed, HELD):
         raise ValueError(f"neither a Llama nor a Qwen3, so it cannot be exported: its model.json says {refused}")
     windows = [config.window(layer) is not None for layer in range(config.n_layers)]
     of_qwen3 = {

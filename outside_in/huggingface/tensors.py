@@ -1,7 +1,7 @@
 """What the name tables share: tensors of Hugging Face's files, checked all at once before one of them is read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,14 @@ def check_tied(head: Any, table: np.ndarray, name: str, source: str) -> None:
         raise ValueError(f"{source}: lm_head.weight differs from {name}, but config.json ties them")
 
 
-def differing(config: ModelConfig, needed: Mapping[str, Any]) -> str:
-    """Return the keys of a config that are not as needed, as `KEY=VALUE, …`."""
+def differing(config: ModelConfig, needed: Mapping[str, Any], held: Iterable[str]) -> str:
+    """Return the keys of a config that are not as needed, as `KEY=VALUE, …`.
+
+    `held` are those that a format holds. All others must be as they are by default, also those that a fork adds.
+    """
+    fields, known = type(config).model_fields, {*needed, *held}
+    others = {name: x.default for name, x in fields.items() if name not in known and not x.is_required()}
+    needed = {**needed, **others}
     found = {name: getattr(config, name) for name, value in needed.items() if getattr(config, name) != value}
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in found.items())
 

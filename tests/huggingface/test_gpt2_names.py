@@ -11,6 +11,9 @@ from safetensors.numpy import load_file
 from test_model import with_larger_weights
 
 from model import GPTModel
+from outside_in.config import ModelConfig
+from outside_in.config_files import key
+from outside_in.huggingface import gpt2_names, llama_names
 from outside_in.huggingface.gpt2_names import (
     export_config,
     export_weights,
@@ -122,7 +125,7 @@ def test_a_line_shows_but_the_first_of_many_mismatches():
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
         ({"vocab_size": 100_000}, "less than or equal to 65536"),
         ({"n_layer": True}, "n_layer: expected a valid integer"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected a valid boolean"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected true or false"),
     ],
     ids=str,
 )
@@ -186,3 +189,17 @@ def test_numbers_beyond_float32_are_refused():
     theirs["transformer.ln_f.bias"] = np.full(32, 1e300)
     with pytest.raises(ValueError, match=r"a folder: ln_f.bias: expected finite float32 numbers"):
         import_weights(theirs, model.config, "a folder")
+
+
+class ForkedConfig(ModelConfig):
+    parallel: bool = key("fatal", "attention and feed-forward side by side", False)
+
+
+@pytest.mark.parametrize("names", [gpt2_names, llama_names])
+def test_a_part_that_a_fork_adds_is_not_exported_without_a_word(names):
+    of_llama = {"position": "rope", "norm": "rms", "feed_forward": "swiglu", "bias": False}
+    shape = tiny_model_config().model_dump(exclude_defaults=True) | (of_llama if names is llama_names else {})
+    shape |= {"qkv_bias": names is not llama_names}
+    assert names.export_config(ForkedConfig(**shape), None)["model_type"] in ("gpt2", "llama")
+    with pytest.raises(ValueError, match=r"so it cannot be exported: its model.json says parallel=true$"):
+        names.export_config(ForkedConfig(**shape, parallel=True), None)
