@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -189,6 +190,11 @@ def gpt2() -> Tokenizer:
 def assumed(vocab_size: int) -> Tokenizer | None:
     """Return GPT-2's tokenizer if a vocabulary of this size is its own, perhaps rounded up; else None."""
     return gpt2() if GPT2_VOCAB_SIZE <= vocab_size < GPT2_VOCAB_SIZE + PADDED else None
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Return a loss in nats per token as bits per byte of text, which does not depend on the tokenizer."""
+    return loss / math.log(2) / bytes_per_token
 
 
 # Bytes

@@ -1,7 +1,6 @@
 """Imports a GPT-2, Llama or Qwen3 as a run, and exports a run for `transformers`."""
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from model import count_parameters
 from outside_in.config import ModelConfig
 from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
-from outside_in.data.tokenizer import TOKENIZER_FILE
+from outside_in.data.tokenizer import TOKENIZER_FILE, bits_per_byte
 from outside_in.huggingface import formats, tokenizer_formats
 from outside_in.huggingface.upload import upload
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
@@ -253,7 +252,7 @@ def model_card(name: str, weights: Path, config: ModelConfig, parameters: int) -
 
 def _bits_per_byte(meta: dict[str, Any]) -> float | None:
     loss, bytes_per_token = meta.get("val_loss"), meta.get("bytes_per_token")  # which older checkpoints lack
-    return loss / math.log(2) / bytes_per_token if loss and bytes_per_token else None
+    return bits_per_byte(loss, bytes_per_token) if loss and bytes_per_token else None
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,6 @@
 import calendar
 import contextlib
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.config_files import Config
+from outside_in.data.tokenizer import bits_per_byte
 from outside_in.reports import page_charts
 from outside_in.reports.charts import over_steps
 from outside_in.reports.page import Page, Tile, moment, table
@@ -93,7 +93,7 @@ def _tiles(this: RunInProgress, checkpoints: list[Checkpoint]) -> list[Tile]:
             ("best validation loss", float(validation.y[best]), f"at step {int(validation.x[best]):,}"),
         ]
         if this.bytes_per_token:
-            bits = loss / math.log(2) / this.bytes_per_token
+            bits = bits_per_byte(loss, this.bytes_per_token)
             tiles.append(("bits per byte", bits, f"of validation, {this.bytes_per_token:.2f} bytes a token"))
     speeds, _ = page_charts.speed(records)
     tiles += [
@@ -119,7 +119,7 @@ def _charts(this: RunInProgress) -> list[dict[str, Any]]:
         page_charts.loss_chart(
             page_charts.loss_lines(records),
             reference_losses=this.reference_losses,
-            bits_per_nat=1 / math.log(2) / this.bytes_per_token if this.bytes_per_token else None,
+            bits_per_nat=bits_per_byte(1, this.bytes_per_token) if this.bytes_per_token else None,
         ),
         page_charts.norm_chart(page_charts.norm_lines(records), records, this.config.clipping_max_norm),
         page_charts.learning_rate_chart([learning_rates]),

@@ -7,7 +7,6 @@ the failure stays.
 
 import contextlib
 import errno
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 import checkpointing
 from outside_in.data.loader import TokenStream
+from outside_in.data.tokenizer import bits_per_byte
 from outside_in.inference.evaluation import compile_for, mean_loss
 from outside_in.inference.generation import Sampling, generate, likeliest_outputs
 from outside_in.runtime import processes
@@ -258,7 +258,7 @@ def log_checkpoint(
         of = f"mean of {counted(meta['steps_averaged'], 'step')}, lowest {meta['min_train_loss']:.4f}"
         parts.append(f"training loss {meta['avg_train_loss']:.4f} ({of})")
     if meta["val_loss"] is not None:
-        bits = f" ({meta['val_loss'] / math.log(2) / bytes_per_token:.3f} bits per byte)" if bytes_per_token else ""
+        bits = f" ({bits_per_byte(meta['val_loss'], bytes_per_token):.3f} bits per byte)" if bytes_per_token else ""
         parts.append(f"validation loss {meta['val_loss']:.4f}{bits}")
     best = ", the best so far" if meta["is_best"] else ""
     log.info(f"step {meta['global_step']:,}: {', '.join(parts)}{best}; written in {seconds:.1f} s: {checkpoint.path}")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from outside_in.data.tokenizer import bits_per_byte
 from outside_in.reports.flops import mfu
 from outside_in.reports.loggers import LOGGERS, Logger
 from outside_in.runtime import processes
@@ -137,7 +138,7 @@ def numbers_of(record: Record, state: TrainState) -> dict[str, float]:
     if (loss := record.get("val_loss")) is not None:
         numbers |= {"val_perplexity": math.exp(loss)} if loss < math.log(1e30) else {}
         if state.bytes_per_token:
-            numbers["val_bits_per_byte"] = loss / math.log(2) / state.bytes_per_token
+            numbers["val_bits_per_byte"] = bits_per_byte(loss, state.bytes_per_token)
     return numbers
 
 

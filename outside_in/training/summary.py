@@ -8,6 +8,7 @@ from datetime import timedelta
 import numpy as np
 
 import checkpointing
+from outside_in.data.tokenizer import bits_per_byte
 from outside_in.reports.flops import mfu
 from outside_in.runtime.devices import device_kind
 from outside_in.storage.text import counted
@@ -47,14 +48,11 @@ def _losses(state: TrainState) -> str:
     losses = newest[~np.isnan(newest)].tolist()
     parts = [f"training {statistics.fmean(losses):.4f} (mean of {counted(len(losses), 'step')})"] if losses else []
     if (validation := state.records.last.get("val_loss")) is not None:
-        bits = f", {bits_per_byte(validation, state):.3f} bits per byte" if state.bytes_per_token else ""
+        bits = (
+            f", {bits_per_byte(validation, state.bytes_per_token):.3f} bits per byte" if state.bytes_per_token else ""
+        )
         parts.append(f"validation {validation:.4f} (perplexity {math.exp(min(validation, 700)):,.4g}{bits})")
     return f"loss    {'; '.join(parts) or 'never finite'}"
-
-
-def bits_per_byte(loss: float, state: TrainState) -> float:
-    assert state.bytes_per_token
-    return loss / math.log(2) / state.bytes_per_token
 
 
 def next_lines(state: TrainState) -> list[str]:
