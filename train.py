@@ -21,6 +21,7 @@ from outside_in.runtime.log import log
 from outside_in.runtime.signals import StopRequest
 from outside_in.runtime.timing import TimeBudget
 from outside_in.storage.run_directory import RunDirectory, find_runs
+from outside_in.storage.text import counted
 
 RUNS = Path("runs")
 MODES = {  # instead of training: the function that does it, and its help
@@ -162,7 +163,7 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
         layers.append(model_config.n_layers)
     if args.max_layers is not None:
         runs = [run for run, count in zip(runs, layers) if count <= args.max_layers]
-    failed = False
+    failed = {}
     for i, run in enumerate(runs, start=1):
         log.info(f"run {i} of {len(runs)}: {run.path}")
         try:
@@ -171,13 +172,16 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
             code = cli.report_error(error, debug=args.debug)
         if stop or code >= cli.INTERRUPTED:  # also when saving failed then
             return code
-        failed |= code != cli.DONE
+        if code != cli.DONE:
+            failed[run.path.name] = code
     if any(run.metrics.exists() for run in runs) and not args.mode and log.isEnabledFor(logging.INFO):
         from outside_in.reports.comparison import compare
         from outside_in.reports.labels import COMPARISON
 
         print(*compare(runs, "tokens", args.run / COMPARISON), sep="\n")
-    return cli.FAILED if failed else cli.DONE
+    if failed:
+        log.error(f"not finished: {', '.join(failed)} ({len(failed)} of {counted(len(runs), 'run')})")
+    return min(failed.values(), default=cli.DONE)  # 1 if the user cannot mend all of them
 
 
 def make_parser() -> cli.ArgumentParser:

@@ -7,6 +7,7 @@ import pytest
 from helpers import TINY_TRAIN
 from test_train import LONG, start_and_signal
 
+from outside_in.runtime import cli
 from outside_in.storage.metrics import read
 from outside_in.training import run
 
@@ -59,8 +60,9 @@ def test_a_run_that_fails_does_not_keep_the_others_from_training(call_program, l
     config = ladder / "01" / "train.json"
     config.write_text(json.dumps(TINY_TRAIN | {"dataset": str(ladder / "nowhere")}))
     finished = call_program("train", ladder)
-    assert finished.returncode == 1
+    assert finished.returncode == 2
     assert [line.startswith("error: ") for line in finished.stderr.splitlines() if "nowhere" in line] == [True]
+    assert finished.stdout.splitlines()[-1].endswith("ERROR not finished: 01 (1 of 2 runs)")
     assert not (ladder / "01" / "metrics.jsonl").exists()
     assert steps(ladder / "02") == list(range(1, 13))
 
@@ -69,8 +71,16 @@ def test_a_folder_in_which_every_run_fails_has_nothing_to_compare(call_program, 
     for config in ladder.glob("*/train.json"):
         config.write_text(json.dumps(TINY_TRAIN | {"dataset": str(ladder / "nowhere")}))
     finished = call_program("train", ladder)
-    assert finished.returncode == 1
+    assert finished.returncode == 2
     assert finished.stderr.count("error: ") == finished.stderr.count("nowhere") == 2
+
+
+def test_a_run_that_the_user_cannot_mend_decides_the_exit_code(call_program, ladder, monkeypatch):
+    (ladder / "02" / "train.json").write_text(json.dumps(TINY_TRAIN | {"dataset": str(ladder / "nowhere")}))
+    monkeypatch.setattr(run, "train", lambda *_: cli.FAILED)
+    finished = call_program("train", ladder)
+    assert finished.returncode == 1
+    assert finished.stdout.splitlines()[-1].endswith("ERROR not finished: 01, 02 (2 of 2 runs)")
 
 
 def test_a_signal_while_a_run_ends_keeps_the_next_one_from_starting(ladder):
