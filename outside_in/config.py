@@ -149,21 +149,29 @@ class TrainConfig(Config):
                 f"microbatches_per_call={per_call} does not divide gradient_accumulation_steps={steps}; "
                 f"use one of {divisors}"
             )
-        if self.muon_learning_rate is not None and self.optimizer != "muon":
+        return self
+
+    @model_validator(mode="after")
+    def the_optimizer_uses_what_is_set(self) -> Self:
+        if self.optimizer != "muon" and self._is_set("muon_learning_rate"):
             raise ValueError(
                 f'optimizer="{self.optimizer}" has no muon_learning_rate; remove it, or use optimizer "muon"'
+            )
+        lacks = {"lion": ("epsilon",), "adafactor": ("beta1", "beta2", "epsilon")}.get(self.optimizer, ())
+        for name in filter(self._is_set, lacks):
+            default = type(self).model_fields[name].default
+            raise ValueError(
+                f'optimizer="{self.optimizer}" has no {name}; remove it, set it to {default:g}, its default, or use '
+                'optimizer "adamw"'
             )
         return self
 
     @model_validator(mode="after")
     def the_schedule_uses_what_is_set(self) -> Self:
-        def is_set(name: str) -> bool:
-            return getattr(self, name) != type(self).model_fields[name].default
-
         warmup, decay = self.warmup_period_percent, self.decay_percent
-        if self.schedule != "wsd" and is_set("decay_percent"):
+        if self.schedule != "wsd" and self._is_set("decay_percent"):
             raise ValueError(f'schedule="{self.schedule}" has no decay_percent; remove it, or use schedule "wsd"')
-        if self.schedule == "constant" and is_set("final_learning_rate_percent"):
+        if self.schedule == "constant" and self._is_set("final_learning_rate_percent"):
             raise ValueError(
                 'schedule="constant" has no final_learning_rate_percent; remove it, or use another schedule'
             )
@@ -172,6 +180,9 @@ class TrainConfig(Config):
                 f"warmup_period_percent={warmup:g} and decay_percent={decay:g} are more than 100 together; lower one"
             )
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def calls_per_step(self) -> int:

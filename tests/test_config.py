@@ -347,6 +347,13 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         ),
         (TrainConfig, {"microbatches_per_call": 3}, "use one of 1, 2, 4"),
         (TrainConfig, {"mesh": {"data": 0}}, "data=0: expected -1"),
+        (TrainConfig, {"muon_learning_rate": 0.02}, 'optimizer="adamw" has no muon_learning_rate; remove it, or use'),
+        (
+            TrainConfig,
+            {"optimizer": "adafactor", "beta2": 0.95},
+            'optimizer="adafactor" has no beta2; remove it, set it to 0.999, its default, or use optimizer "adamw"',
+        ),
+        (TrainConfig, {"optimizer": "lion", "epsilon": 1e-6}, 'optimizer="lion" has no epsilon; remove it, set it to'),
         (
             TrainConfig,
             {"decay_percent": 30},
