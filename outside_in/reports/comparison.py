@@ -1,9 +1,10 @@
 """Several runs side by side: a Markdown table and a chart."""
 
 import contextlib
+import json
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,11 @@ def compare(runs: list[RunDirectory], x: str, chart: Path, to_loss: float | None
         ComparedRun(names[run.run], run.records, dict(run.model_config) | dict(run.config), run not in apart)
         for run in trained
     ]
-    page.write(path := chart.with_suffix(".html"), comparison_page(chart.stem, compared, *results(trained, to_loss), x))
-    return [*table(trained, to_loss), "", *skipped, f"chart: {chart}", f"page: {path}"]
+    seeds = seed_results(trained, to_loss)
+    tables = {"Results": results(trained, to_loss), "Means over seeds": seeds}
+    page.write(path := chart.with_suffix(".html"), comparison_page(chart.stem, compared, tables, x))
+    means = ["", *markdown.table(*seeds)] if seeds[1] else []
+    return [*table(trained, to_loss), *means, "", *skipped, f"chart: {chart}", f"page: {path}"]
 
 
 def read(run: RunDirectory) -> RunResult | None:
@@ -172,6 +176,25 @@ def results(runs: list[RunResult], to_loss: float | None = None, mark: str = "*"
         for name, show in shown.items():
             columns[name] = lambda run, show=show: show(at) if (at := reached[run.run]) else "–"
     return list(columns), [[column(run) for column in columns.values()] for run in runs]
+
+
+def seed_results(runs: list[RunResult], to_loss: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of runs that are alike but for their seeds, trained equally far."""
+    groups, names = defaultdict(list), labels(runs)
+    for run in runs:
+        keys = dict(run.model_config) | dict(run.config) | {"seed": None, "tokens": run.records.last["tokens_seen"]}
+        groups[json.dumps(keys, default=dict)].append(run)
+    columns = ["alike but for the seed", "runs", "mean validation loss", "lowest", "highest"]
+    rows = []
+    for group in groups.values():
+        losses = [loss for run in group if (loss := run.validation_loss) is not None]
+        if 1 < len(group) == len(losses):
+            shown = map(_loss, (statistics.fmean(losses), min(losses), max(losses)))
+            rows.append([min((names[run.run] for run in group), key=len), str(len(group)), *shown])
+            if to_loss is not None:
+                reached = [at.tokens for run in group if (at := reach(run.records, run.model_config, to_loss))]
+                rows[-1].append(f"{statistics.fmean(reached):,.0f}" if len(reached) == len(group) else "–")
+    return columns if to_loss is None else [*columns, f"mean tokens to {to_loss:g}"], rows
 
 
 def labels(runs: list[RunResult]) -> dict[RunDirectory, str]:

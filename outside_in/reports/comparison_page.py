@@ -22,8 +22,10 @@ class ComparedRun(NamedTuple):
     is_comparable: bool  # with most of the others
 
 
-def comparison_page(title: str, runs: Sequence[ComparedRun], columns: list[str], rows: list[list[str]], x: str) -> Page:
-    """Return the page of several runs. `columns` and `rows` are of the table of results."""
+def comparison_page(
+    title: str, runs: Sequence[ComparedRun], tables: dict[str, tuple[list[str], list[Any]]], x: str
+) -> Page:
+    """Return the page of several runs. `tables` have columns and rows, and are left out without rows."""
 
     def lines(series_of: Callable[[Records], Series]) -> list[dict[str, Any]]:
         all_series = [series_of(run.records) for run in runs]
@@ -46,7 +48,7 @@ def comparison_page(title: str, runs: Sequence[ComparedRun], columns: list[str],
             page_charts.learning_rate_chart(lines(lambda records: over_steps(records, "learning_rate"))),
             page_charts.speed_chart(lines(lambda records: page_charts.speed(records)[0])),
         ],
-        tables=[table("Results", columns, rows), *_differences(runs)],
+        tables=[*(table(name, *content) for name, content in tables.items() if content[1]), *_differences(runs)],
     )
 
 

@@ -82,6 +82,29 @@ def test_the_table_says_what_each_run_took_to_a_loss(trained, tmp_path):
     assert cells(lines[4])[-4:] == ["–"] * 4
 
 
+def test_runs_that_differ_in_their_seed_alone_get_a_table_of_means(trained, tmp_path):
+    def of(loss, steps=2):
+        return [record(step, loss, val_loss=loss) for step in range(1, steps + 1)]
+
+    runs = [
+        trained("a-1", of(3.0), train={"seed": 1}),
+        trained("a", of(2.0)),
+        trained("a-2", of(2.5), train={"seed": 2}),
+        trained("a-short", of(9.0, steps=1), train={"seed": 3}),
+        trained("b", of(4.0), train={"learning_rate": 0.5}),
+    ]
+    lines = compare(runs, "tokens", tmp_path / "chart.png", to_loss=3.5)
+    start = next(i for i, line in enumerate(lines) if line.startswith("| alike but for the seed"))
+    assert cells(lines[start]) == [
+        "alike but for the seed", "runs", "mean validation loss", "lowest", "highest", "mean tokens to 3.5"
+    ]  # fmt: skip
+    assert cells(lines[start + 2]) == ["a", "3", "2.5000", "2.0000", "3.0000", "128"]
+    assert not lines[start + 3]
+    assert "alike but for the seed" in (tmp_path / "chart.html").read_text()
+    assert not any("alike" in line for line in compare(runs[-2:], "tokens", tmp_path / "chart.png"))
+    assert "alike but for the seed" not in (tmp_path / "chart.html").read_text()
+
+
 def test_runs_without_metrics_are_named_and_left_out(trained, make_run, tmp_path):
     lines = compare([RunDirectory(make_run("new")), trained("old", [record(1, 4.0)])], "steps", tmp_path / "chart.png")
     assert [cells(line)[0] for line in lines[2:3]] == ["old"]

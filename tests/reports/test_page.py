@@ -158,7 +158,7 @@ def test_the_page_of_several_runs_has_a_line_for_each_and_what_differs_between_t
     configs = [{"seed": 1, "epochs": 2}, {"seed": 1, "epochs": 3}, {"seed": 1, "epochs": 3}]
     records = [Records(record(step, step + i, val_loss=i) for step in (1, 2)) for i in range(3)]
     runs = [ComparedRun(f"run {i}", records[i], configs[i], i != 1) for i in range(3)]
-    page = comparison_page("several", runs, ["run", "loss"], [[run.name, "1"] for run in runs], "tokens")
+    page = comparison_page("several", runs, {"Results": (["run", "loss"], [[run.name, "1"] for run in runs])}, "tokens")
     usual, apart, norms, *_ = page.charts
     assert [line["name"] for line in usual["lines"]] == ["run 0, training", "run 0", "run 2, training", "run 2"]
     assert [line["name"] for line in apart["lines"]] == ["run 1, training", "run 1"] and "not comparable" in apart[
@@ -166,5 +166,5 @@ def test_the_page_of_several_runs_has_a_line_for_each_and_what_differs_between_t
     ]
     assert [(line["run"], line["color"]) for line in norms["lines"]] == [(0, 0), (1, 1), (2, 2)]
     assert page.tables[1]["rows"] == [["epochs", "2", "3", "3"]]
-    assert comparison_page("same", runs[2:], ["run"], [], "tokens").tables[1:] == []
+    assert comparison_page("same", runs[2:], {"Results": (["run"], [])}, "tokens").tables == []
     assert page.reload_seconds is None and page.x == "tokens" and len(page.clocks) == 3

@@ -213,7 +213,9 @@ def test_numbers_by_layer_are_a_heat_map_of_many_colors(show, tmp_path):
 def several(count=11):
     records = [Records(record(s, 9 - s / 9 - i / 9, val_loss=9 - i / 9) for s in range(1, 31)) for i in range(count)]
     runs = [ComparedRun(f"run-{i}", records[i], {"seed": i}, i != 3) for i in range(count)]
-    return comparison_page("several", runs, ["run", "loss"], [[run.name, "1.0"] for run in runs], "tokens")
+    return comparison_page(
+        "several", runs, {"Results": (["run", "loss"], [[run.name, "1.0"] for run in runs])}, "tokens"
+    )
 
 
 def test_eleven_runs_have_lines_that_differ_and_each_can_be_hidden(show):
