@@ -16,6 +16,8 @@ from outside_in.storage.text import counted
 
 MATRIX_NDIM = 2  # matrices and tables have so many axes, or more; biases and norms have one
 BLOCKS = "blocks"  # the part of a parameter's name that says that it is a block's
+FUSED = "query_key_value"  # and that it is three matrices side by side: (D, D), (D, K), (D, K)
+MATRICES = contrib.MuonDimensionNumbers(-2, -1)  # the axes of a matrix, also in a stack
 
 
 def adamw(config: TrainConfig, learning_rate: Any) -> optax.GradientTransformation:
@@ -27,11 +29,13 @@ def adamw(config: TrainConfig, learning_rate: Any) -> optax.GradientTransformati
 def muon(config: TrainConfig, learning_rate: Any) -> optax.GradientTransformation:
     """Return Muon for the matrices of blocks, and AdamW for all else: https://kellerjordan.github.io/posts/muon.
 
-    Muon makes the momentum of a matrix (nearly) orthogonal, and scales it by √max(1, outputs / inputs).
+    Muon makes the momentum of a matrix (nearly) orthogonal, and scales it by √max(1, outputs / inputs). Queries, keys
+    and values are three matrices to it, although they are stored as one.
     """
     ratio = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+    options: Any = {"weight_decay": config.weight_decay, "muon_weight_dimension_numbers": MATRICES}
     rules: Any = {
-        "muon": contrib.muon(learning_rate * ratio, weight_decay=config.weight_decay),
+        "muon": _on_separate_matrices(contrib.muon(learning_rate * ratio, **options)),
         "adamw": adamw(config, learning_rate),
     }
     labels: Any = partial(jax.tree_util.tree_map_with_path, _muon_or_adamw)
@@ -74,11 +78,12 @@ def describe_rule(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> st
     """Return a line that names the rule; of Muon also what it takes, and at which peak."""
     if config.optimizer != "muon":
         return f"rule    {config.optimizer}"
-    taken = [shape for name, shape in shapes.items() if _is_for_muon(name, len(shape))]
+    taken = {name: shape for name, shape in shapes.items() if _is_for_muon(name, len(shape))}
+    matrices = sum(3 if FUSED in name.split(".") else 1 for name in taken)
     peak = config.muon_learning_rate or config.learning_rate
     return (
-        f"rule    muon on {sum(map(math.prod, taken)):,} parameters in {counted(len(taken), 'matrix', 'matrices')} of "
-        f"blocks, peak {peak:g}; adamw on all others"
+        f"rule    muon on {sum(map(math.prod, taken.values())):,} parameters in "
+        f"{counted(matrices, 'matrix', 'matrices')} of blocks, peak {peak:g}; adamw on all others"
     )
 
 
@@ -91,8 +96,41 @@ def _are_matrices(params: Any) -> Any:
     return jax.tree.map(lambda x: x.ndim >= MATRIX_NDIM, params)
 
 
+def _on_separate_matrices(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return a rule that gets the matrices that are stored as one in a stack of three."""
+
+    def stacked(matrices: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(_stack, matrices)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changes, state = rule.update(stacked(updates), state, stacked(params))
+        return jax.tree.map(_unstack, changes, updates), state
+
+    return optax.GradientTransformation(lambda params: rule.init(stacked(params)), update)
+
+
+def _stack(path: tuple[Any, ...], matrix: jax.Array) -> jax.Array:
+    """Stack queries, keys and values, (3, D, D). Columns of zeros fill up those of fewer heads, and remain zeros."""
+    if FUSED not in _name(path).split("."):
+        return matrix
+    width, columns = matrix.shape
+    parts = jnp.split(matrix, (width, (width + columns) // 2), axis=1)
+    return jnp.stack([jnp.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
+
+
+def _unstack(matrices: jax.Array, like: jax.Array) -> jax.Array:
+    if matrices.ndim == like.ndim:
+        return matrices
+    kv_width = (like.shape[1] - like.shape[0]) // 2
+    return jnp.concatenate([matrices[0], matrices[1, :, :kv_width], matrices[2, :, :kv_width]], axis=1)
+
+
 def _muon_or_adamw(path: tuple[Any, ...], array: Any) -> str:
-    return "muon" if _is_for_muon(".".join(str(getattr(part, "key", part)) for part in path), array.ndim) else "adamw"
+    return "muon" if _is_for_muon(_name(path), array.ndim) else "adamw"
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(part, "key", part)) for part in path)
 
 
 def _is_for_muon(name: str, ndim: int) -> bool:

@@ -77,6 +77,22 @@ def test_muon_is_its_definition_on_the_matrices_of_blocks_and_adamw_on_all_else(
         assert (after[kernel] != as_adamw[step + 1][kernel]).all()
 
 
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_muon_takes_queries_keys_and_values_apart(n_kv_heads):
+    config = tiny_train_config(optimizer="muon", weight_decay=0.1, warmup_period_percent=0, clipping_max_norm=None)
+    model, name = create_model(tiny_model_config(n_kv_heads=n_kv_heads), 0), "blocks.0.attention.query_key_value.kernel"
+    gradients, before = random_gradients(model, 0), arrays(model)[name]
+    fused = gradients["blocks"][0]["attention"]["query_key_value"]["kernel"]
+    fused[...] = fused[...].at[:, :32].multiply(0.01)  # so that in one matrix, the updates of queries would be small
+    update(model, make_optimizer(model, config, 100), gradients)
+    changes = (arrays(model)[name] - before * (1 - 0.1 * config.learning_rate)) / config.learning_rate
+    edges = [32, 32 + 8 * n_kv_heads]
+    for gradient, change in zip(np.split(np.float64(fused[...]), edges, axis=1), np.split(changes, edges, axis=1)):
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        singular = np.diag(left.T @ -change @ right.T)
+        assert singular.min() > 0.5 and singular.max() < 1.3
+
+
 def test_lion_goes_by_the_sign_of_its_momentum():
     config = tiny_train_config(optimizer="lion", beta1=0.8, beta2=0.9, weight_decay=0.1, clipping_max_norm=None)
     states, gradients, rates = trained(config)
@@ -152,9 +168,14 @@ def test_a_rate_for_muon_without_muon_is_refused():
 
 
 def test_the_rule_is_named_and_what_muon_takes():
-    shapes = {"blocks.0.kernel": (4, 6), "blocks.1.kernel": (4, 4), "blocks.1.bias": (4,), "table": (5, 4)}
+    shapes = {
+        "blocks.0.query_key_value.kernel": (4, 6),
+        "blocks.1.kernel": (4, 4),
+        "blocks.1.bias": (4,),
+        "table": (5, 4),
+    }
     config = tiny_train_config(optimizer="muon", muon_learning_rate=0.02)
-    expected = "rule    muon on 40 parameters in 2 matrices of blocks, peak 0.02; adamw on all others"
+    expected = "rule    muon on 40 parameters in 4 matrices of blocks, peak 0.02; adamw on all others"
     assert describe_rule(config, shapes) == expected
     assert describe_rule(tiny_train_config(optimizer="lion"), shapes) == "rule    lion"
 
