@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from outside_in.config import ModelConfig
+from outside_in.config import ModelConfig, TrainConfig
 from outside_in.layers.activations import gelu, relu2, swiglu
 from outside_in.layers.attention import causal_weights, repeat_heads
 from outside_in.layers.dropout import Dropout
@@ -136,7 +136,7 @@ class GPTModel(nnx.Module):
     Everything that a run does goes through `embed`, `stages` and `unembed`: `loss` trains and validates, `token_losses`
     judges, `stages` with a cache completes text. What is changed here is changed everywhere.
 
-    Weights start as in GPT-2's code, those of parts that it lacks too: normal with standard deviation 0.02, divided by
+    Weights start as in Hugging Face's GPT-2, those of other parts too: normal with standard deviation 0.02, divided by
     √(2 · n_layers) where a layer adds to the residual stream; biases 0, norms 1. The first loss is then
     ln(vocab_size) + 0.0002 · emb_dim with an output norm (the logits' variance is emb_dim · 0.02², and half of that is
     lost) and ln(vocab_size) without one.
@@ -263,6 +263,11 @@ def create_model(
     model = GPTModel(config, rngs, dtype=dtype, **options)
     check_variables(model)
     return model
+
+
+def model_of(config: ModelConfig, train: TrainConfig) -> GPTModel:
+    """Build a fresh model as a run trains it."""
+    return create_model(config, train.seed, train.drop_rate, train.precision, train.loss_rows_per_chunk, train.remat)
 
 
 def abstract_model(config: ModelConfig) -> GPTModel:

@@ -163,6 +163,8 @@ def train_all(runs: list[RunDirectory], args: argparse.Namespace, stop: StopRequ
         layers.append(model_config.n_layers)
     if args.max_layers is not None:
         runs = [run for run, count in zip(runs, layers) if count <= args.max_layers]
+    if not runs:
+        raise ValueError(f"--max-layers {args.max_layers}: expected at least {min(layers)}, the fewest of {args.run}")
     failed = {}
     for i, run in enumerate(runs, start=1):
         log.info(f"run {i} of {len(runs)}: {run.path}")

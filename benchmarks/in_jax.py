@@ -9,14 +9,14 @@ import jax
 import optax
 from shapes import load_tokens
 
-from model import GPTModel, count_parameters, create_model
+from model import GPTModel, count_parameters, model_of
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.data.loader import TokenStream
 from outside_in.weights import load_model
 
 
 def make_model(args: argparse.Namespace, config: ModelConfig, train: TrainConfig) -> GPTModel:
-    model = create_model(config, train.seed, train.drop_rate, train.precision, train.loss_rows_per_chunk, train.remat)
+    model = model_of(config, train)
     if args.weights:
         load_model(args.weights, model)
     return model

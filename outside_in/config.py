@@ -3,6 +3,7 @@
 `train.py --help-keys` prints both.
 """
 
+import json
 import math
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +26,16 @@ LogTo = Annotated[
     AfterValidator(_each_once),
     PlainSerializer(list),
 ]
+
+
+UNUSED = {  # keys that a choice does not use, so that setting them must be a mistake
+    ("optimizer", "adamw"): ("muon_learning_rate",),
+    ("optimizer", "lion"): ("muon_learning_rate", "epsilon"),
+    ("optimizer", "adafactor"): ("muon_learning_rate", "beta1", "beta2", "epsilon"),
+    ("schedule", "cosine"): ("decay_percent",),
+    ("schedule", "linear"): ("decay_percent",),
+    ("schedule", "constant"): ("decay_percent", "final_learning_rate_percent"),
+}
 
 
 class MeshConfig(Config):
@@ -82,7 +93,13 @@ class TrainConfig(Config):
     weight_decay_on: Literal["all", "matrices"] = key(
         "announced", "what decays: all, or matrices, so not biases, norms and other vectors", "all"
     )
-    beta1: Float32 = key("announced", "memory of gradients, adamw and lion: 1 / (1 - beta1) steps", 0.9, ge=0, lt=1)
+    beta1: Float32 = key(
+        "announced",
+        "memory of gradients: 1 / (1 - beta1) steps; lion: share of the momentum in an update",
+        0.9,
+        ge=0,
+        lt=1,
+    )
     beta2: Float32 = key(
         "announced",
         "memory of squared gradients (lion: of gradients): 1 / (1 - beta2) steps",
@@ -152,37 +169,22 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def the_optimizer_uses_what_is_set(self) -> Self:
-        if self.optimizer != "muon" and self._is_set("muon_learning_rate"):
-            raise ValueError(
-                f'optimizer="{self.optimizer}" has no muon_learning_rate; remove it, or use optimizer "muon"'
-            )
-        lacks = {"lion": ("epsilon",), "adafactor": ("beta1", "beta2", "epsilon")}.get(self.optimizer, ())
-        for name in filter(self._is_set, lacks):
-            default = type(self).model_fields[name].default
-            raise ValueError(
-                f'optimizer="{self.optimizer}" has no {name}; remove it, set it to {default:g}, its default, or use '
-                'optimizer "adamw"'
-            )
+    def what_is_set_is_used(self) -> Self:
+        for (choice, value), names in UNUSED.items():
+            for name in names if getattr(self, choice) == value else ():
+                if getattr(self, name) != (default := type(self).model_fields[name].default):
+                    remedy = f"set it to {json.dumps(default)}, its default, or use another {choice}"
+                    raise ValueError(f'{choice}="{value}" has no {name}; {remedy}')
         return self
 
     @model_validator(mode="after")
-    def the_schedule_uses_what_is_set(self) -> Self:
+    def the_schedule_fits(self) -> Self:
         warmup, decay = self.warmup_period_percent, self.decay_percent
-        if self.schedule != "wsd" and self._is_set("decay_percent"):
-            raise ValueError(f'schedule="{self.schedule}" has no decay_percent; remove it, or use schedule "wsd"')
-        if self.schedule == "constant" and self._is_set("final_learning_rate_percent"):
-            raise ValueError(
-                'schedule="constant" has no final_learning_rate_percent; remove it, or use another schedule'
-            )
         if self.schedule == "wsd" and self.warmup_tokens is None and warmup + decay > 100:
             raise ValueError(
                 f"warmup_period_percent={warmup:g} and decay_percent={decay:g} are more than 100 together; lower one"
             )
         return self
-
-    def _is_set(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def calls_per_step(self) -> int:

@@ -140,5 +140,6 @@ def _first_problem(error: pydantic.ValidationError, config_class: type[Config]) 
     for python, as_json in IN_JSON.items():
         expected = expected.replace(python, as_json)
     choices = re.findall(r"'([^']+)'", expected) if first["type"] == "literal_error" else []
-    close = difflib.get_close_matches(str(first["input"]), choices, n=1) or PYTHON.get(str(first["input"]), "").split()
+    text = first["input"] if isinstance(first["input"], str) else ""
+    close = difflib.get_close_matches(text, choices, n=1) or PYTHON.get(text, "").split()
     return f"{name}: {expected}, got {got}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -168,7 +168,11 @@ def _of_other_parts(config: ModelConfig) -> Iterator[str]:
         yield f"{', '.join(needing)}: expected blocks, got n_layers=0; use n_layers=1 or more, or remove it"
     if config.position is not None and config.position_embedding != (config.position == "learned"):
         learned = json.dumps(config.position_embedding)
-        yield f'position="{config.position}" and position_embedding={learned} contradict each other; remove one'
+        other = json.dumps(not config.position_embedding)
+        yield (
+            f'position="{config.position}" and position_embedding={learned} contradict each other; '
+            f"set position_embedding to {other}, or remove it"
+        )
     for old in ("qkv_bias", "attention_output_bias"):
         if not config.bias and getattr(config, old):
             yield f"bias=false and {old}=true contradict each other; set {old} to false, or remove bias"

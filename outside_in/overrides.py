@@ -78,8 +78,9 @@ def load_run(run: RunDirectory, changes: Sequence[str]) -> tuple[ModelConfig, Tr
     Raises ValueError for a key that cannot change within a run, with the line that makes a new one.
     """
     model_config, written = load_config(run.model_config, ModelConfig), load_config(run.train_config, TrainConfig)
-    files = {**{MODEL + key: value for key, value in model_config.model_dump().items()}, **written.model_dump()}
-    values = {key: value for key, value in parse(changes).items() if json.dumps(files.get(key)) != json.dumps(value)}
+    files = {MODEL + key: value for key, value in model_config.model_dump().items()}
+    files |= written.model_dump() | in_effect(TrainConfig.leaves(), written)
+    values = {key: value for key, value in parse(changes).items() if not _is_same(value, files[key])}
     fatal = [key for key in values if key.startswith(MODEL) or TrainConfig.on_resume(top_key(key)) == "fatal"]
     if fatal:
         raise ValueError(f"{', '.join(fatal)}: cannot change within a run; make a new one: {new_line(run, changes)}")
@@ -89,6 +90,10 @@ def load_run(run: RunDirectory, changes: Sequence[str]) -> tuple[ModelConfig, Tr
     old, new = in_effect(values, written), in_effect(values, config)
     pairs = zip(as_arguments(new), old.values(), strict=True)
     return model_config, config, [f"for this start: {pair} ({run.train_config}: {json.dumps(v)})" for pair, v in pairs]
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)  # 15 is 15.0, but 1 is not true
 
 
 def in_effect(keys: Iterable[str], config: TrainConfig) -> Keys:

@@ -231,6 +231,8 @@ def test_a_value_of_the_wrong_type_is_refused(config_class, name, value, got, co
         ({"log_to": "wandb"}, 'log_to: expected a list such as ["tensorboard"], got "wandb"'),
         ({"shuffle": "True"}, """shuffle: expected true or false, got "True"; did you mean 'true'?"""),
         ({"clipping_max_norm": "None"}, """expected a number such as 0.001, got "None"; did you mean 'null'?"""),
+        ({"epochs": None}, "epochs: expected a valid integer, got null"),
+        ({"epochs": True}, "epochs: expected a valid integer, got true"),
         ({"log_to": ["wandb", "wandb"]}, "log_to: expected each name once, got 'wandb' 2 times"),
     ],
 )
@@ -315,12 +317,12 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         (
             ModelConfig,
             {"position": "rope", "position_embedding": True},
-            'position="rope" and position_embedding=true contradict each other; remove one',
+            'position="rope" and position_embedding=true contradict each other; set position_embedding to false',
         ),
         (
             ModelConfig,
             {"position": "learned", "position_embedding": False},
-            'position="learned" and position_embedding=false contradict each other; remove one',
+            'position="learned" and position_embedding=false contradict each other; set position_embedding to true',
         ),
         (ModelConfig, {"bias": False, "qkv_bias": True}, "bias=false and qkv_bias=true contradict each other; set"),
         (
@@ -347,22 +349,26 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         ),
         (TrainConfig, {"microbatches_per_call": 3}, "use one of 1, 2, 4"),
         (TrainConfig, {"mesh": {"data": 0}}, "data=0: expected -1"),
-        (TrainConfig, {"muon_learning_rate": 0.02}, 'optimizer="adamw" has no muon_learning_rate; remove it, or use'),
+        (
+            TrainConfig,
+            {"muon_learning_rate": 0.02},
+            'optimizer="adamw" has no muon_learning_rate; set it to null, its',
+        ),
         (
             TrainConfig,
             {"optimizer": "adafactor", "beta2": 0.95},
-            'optimizer="adafactor" has no beta2; remove it, set it to 0.999, its default, or use optimizer "adamw"',
+            'optimizer="adafactor" has no beta2; set it to 0.999, its default, or use another optimizer',
         ),
-        (TrainConfig, {"optimizer": "lion", "epsilon": 1e-6}, 'optimizer="lion" has no epsilon; remove it, set it to'),
+        (TrainConfig, {"optimizer": "lion", "epsilon": 1e-6}, 'optimizer="lion" has no epsilon; set it to'),
         (
             TrainConfig,
             {"decay_percent": 30},
-            'schedule="cosine" has no decay_percent; remove it, or use schedule "wsd"',
+            'schedule="cosine" has no decay_percent; set it to 20.0, its default, or use another schedule',
         ),
         (
             TrainConfig,
             {"schedule": "constant", "final_learning_rate_percent": 0},
-            'schedule="constant" has no final_learning_rate_percent; remove it, or use another schedule',
+            'schedule="constant" has no final_learning_rate_percent; set it to 10.0, its default, or',
         ),
         (
             TrainConfig,

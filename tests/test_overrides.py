@@ -109,13 +109,27 @@ def test_a_key_that_cannot_change_within_a_run_is_refused_with_what_makes_anothe
 
 
 def test_a_key_that_stays_as_it_is_is_no_override(make_run):
-    run = RunDirectory(make_run())
+    run = RunDirectory(make_run(model={"logit_soft_cap": 15.0}, train={"learning_rate": 1.0}))
     model_config, config, lines = overrides.load_run(
-        run, ["seed=42", "model.n_layers=1", "model.shortcut=true", "epochs=1"]
+        run,
+        [
+            "seed=42",
+            "model.n_layers=1",
+            "model.shortcut=true",
+            "model.logit_soft_cap=15",
+            "learning_rate=1",
+            "mesh.fsdp=1",
+        ],
     )
     assert (model_config, config) == overrides.load_run(run, [])[:2] and lines == []
     with pytest.raises(ValueError, match=r"model\.shortcut: cannot change within a run"):
         overrides.load_run(run, ["model.shortcut=1"])
+
+
+def test_a_model_key_that_stays_as_it_is_is_no_obstacle(train, make_run):
+    run = make_run()
+    for _ in range(2):
+        assert train(run, "model.n_layers=1").returncode == 0
 
 
 def test_the_line_that_makes_another_run_does_when_it_is_typed(train, make_run, tmp_path):

@@ -19,7 +19,7 @@ from outside_in.data.loader import open_streams
 from outside_in.data.run_length import spare_sequences
 from outside_in.inference.load import find_weights
 from outside_in.storage import metrics
-from outside_in.storage.checkpoint_folder import find_best, history
+from outside_in.storage.checkpoint_folder import beats, find_best, history
 from outside_in.storage.run_directory import RunDirectory, find_runs
 
 pytestmark = pytest.mark.slow
@@ -172,6 +172,24 @@ def test_nothing_better_than_the_best_is_removed_without_a_word(tmp_path):
     said = f"removing {checkpoints[1].path.name}, which this run has left: its loss, 3.1000, is lower than 3.5000"
     assert [message for message in messages if said in message]
     assert len(messages) == 2  # and one for 3.2
+
+
+@pytest.mark.parametrize(
+    ("measure", "data", "expected"),
+    [
+        ("val_loss", {"train": "more tokens", "validation": "b", "revision": None}, False),
+        ("val_loss", {"train": "a", "validation": "others", "revision": "c"}, True),
+        ("avg_train_loss", {"train": "a", "validation": None, "revision": "d"}, False),
+        ("avg_train_loss", {"train": "others", "validation": None, "revision": "c"}, True),
+    ],
+)
+def test_the_best_one_is_beaten_on_the_tokens_that_it_was_judged_on(tmp_path, measure, data, expected):
+    judged_on = {"train": "a", "validation": "b", "revision": "c"}
+    meta = {"global_step": 5, measure: 3.0, "is_best": True, "data": judged_on}
+    save(tmp_path, HostCopy({"x": np.zeros(1)}, {"y": np.zeros(1)}), meta, "{}")
+    checkpoints = find_checkpoints(tmp_path)
+    assert beats({"global_step": 10, measure: 3.5, "data": data}, measure, checkpoints) is expected
+    assert beats({"global_step": 10, measure: 2.5, "data": data}, measure, checkpoints)
 
 
 def test_what_was_saved_between_milestones_goes_without_a_word(tmp_path):

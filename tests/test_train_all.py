@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from helpers import TINY_TRAIN
+from helpers import TINY_TRAIN, complaint
 from test_train import LONG, start_and_signal
 
 from outside_in.runtime import cli
@@ -108,6 +108,13 @@ def test_a_config_error_in_any_run_shows_before_the_first_one_trains(call_progra
     assert finished.returncode == 2
     assert str(ladder / "02" / "model.json") in finished.stderr
     assert not (ladder / "01" / "metrics.jsonl").exists()
+
+
+def test_no_run_of_so_few_layers_is_a_mistake(call_program, ladder):
+    assert call_program("train", ladder, "--max-layers", "0").stdout.count("run 1 of 1") == 1
+    (ladder / "01" / "model.json").write_text((ladder / "02" / "model.json").read_text())
+    told = complaint(call_program("train", ladder, "--max-layers", "0"))
+    assert told.endswith(f"--max-layers 0: expected at least 1, the fewest of {ladder}")
 
 
 def test_check_describes_every_run_and_trains_none(call_program, ladder):

@@ -65,8 +65,8 @@ def total_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1
     return total
 
 
-def whole_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
-    """Count the global steps as `total_steps` does, downloading the data if needed."""
+def fetch_and_count_steps(model_config: ModelConfig, config: TrainConfig, devices: int = 1) -> int:
+    """Count the global steps as `total_steps` does, and download the data if needed."""
     total = total_steps(model_config, config, devices, fetch=True)
     assert total
     return total

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model import GPTModel, create_model
+from model import GPTModel, model_of
 from outside_in.config import ModelConfig, TrainConfig, tokens_per_global_step
 from outside_in.data.loader import BATCH_SPECS, Batch
 from outside_in.diagnostics.preflight import GIB
@@ -133,9 +133,7 @@ def compile_for_shapes(model_config: ModelConfig, config: TrainConfig) -> Compil
     """Compile a run's training step without a single array. The run need not exist."""
 
     def build() -> tuple[GPTModel, nnx.Optimizer]:
-        model = create_model(
-            model_config, 0, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
-        )
+        model = model_of(model_config, config)
         return model, make_optimizer(model, config.model_copy(update={"warmup_tokens": None}), total_steps=1)
 
     mesh = make_mesh(config.mesh)

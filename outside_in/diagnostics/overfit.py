@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from model import create_model
+from model import model_of
 from outside_in.config import ModelConfig, TrainConfig
 from outside_in.data.loader import open_streams
-from outside_in.data.run_length import whole_steps
+from outside_in.data.run_length import fetch_and_count_steps
 from outside_in.data.sources import dataset_folder
 from outside_in.optimizer import make_optimizer
 from outside_in.runtime.devices import initialize_devices
@@ -26,7 +26,7 @@ def overfit_one_batch(_run: RunDirectory, model_config: ModelConfig, config: Tra
     log.info(initialize_devices())
     losses = []
     with Progress(total=MAX_STEPS, unit="step") as bar:
-        for loss in overfit(model_config, config, whole_steps(model_config, config) // config.epochs):
+        for loss in overfit(model_config, config, fetch_and_count_steps(model_config, config) // config.epochs):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
@@ -44,9 +44,7 @@ def overfit(model_config: ModelConfig, config: TrainConfig, steps_per_epoch: int
     stream, _ = open_streams(folder, model_config, config.model_copy(update=changes), steps_per_epoch)
     changes |= {"gradient_accumulation_steps": 1, "microbatches_per_call": None, "warmup_tokens": None}
     config = config.model_copy(update=changes)
-    model = create_model(
-        model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
-    )
+    model = model_of(model_config, config)
     optimizer = make_optimizer(model, config, MAX_STEPS)
     [first] = stream.calls(0)
     batch = jax.device_put(first._replace(inputs=first.inputs[:1], targets=first.targets[:1]))

@@ -1,6 +1,5 @@
 """Imports a GPT-2, Llama or Qwen3 as a run, and exports a run for `transformers`."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from outside_in.config_files import parse_config
 from outside_in.data.hub import HUB, HUB_ID, detect_wrong_content, error_message
 from outside_in.data.tokenizer import TOKENIZER_FILE, bits_per_byte
 from outside_in.huggingface import formats, tokenizer_formats
+from outside_in.huggingface.tokenizer_formats import write_json
 from outside_in.huggingface.upload import upload
 from outside_in.inference.load import find_tokenizer, find_weights, load_saved_model
 from outside_in.runtime import cli, signals
@@ -257,10 +257,6 @@ def _bits_per_byte(meta: dict[str, Any]) -> float | None:
 
 def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def download_model(source: str) -> Path:

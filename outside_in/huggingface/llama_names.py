@@ -75,6 +75,7 @@ def import_config(hf_config: Mapping[str, Any], source: str) -> ModelConfig:
     except ValueError as error:
         raise ValueError(tensors.with_names(str(error), SHAPE | {"tied_head": "tie_word_embeddings"})) from None
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     given = UNLESS_GIVEN | dict(hf_config)
     found = {option: given.get(option) for option in COMPUTED} | {
         "head_dim": given.get("head_dim") or config.head_width,
@@ -98,6 +99,8 @@ def _windows(hf_config: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source}: layer_types: expected a list of {' and '.join(LAYER_TYPES)}, got {str(kinds)[:60]}"
         )
+    if len(kinds) != (layers := hf_config.get("num_hidden_layers")):
+        raise ValueError(f"{source}: layer_types: expected num_hidden_layers={layers} of them, got {len(kinds)}")
     pattern = "".join(LAYER_TYPES[kind] for kind in kinds)
     return {"sliding_window": hf_config.get("sliding_window"), "window_pattern": pattern} if "S" in pattern else {}
 

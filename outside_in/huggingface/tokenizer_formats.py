@@ -83,7 +83,7 @@ def write(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     if lacking := list(range(tokenizer.vocab_size, config.vocab_size)):
         ids["suppress_tokens"] = lacking
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)
     options = {
         "tokenizer_class": "GPT2Tokenizer" if tokenizer.name == "gpt2" else "PreTrainedTokenizerFast",
         "model_max_length": config.context_length,
@@ -91,7 +91,7 @@ def write(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
         **({"add_prefix_space": False} if tokenizer.name == "gpt2" else {}),
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end_token),
     }
-    _write_json(folder / "tokenizer_config.json", options)
+    write_json(folder / "tokenizer_config.json", options)
 
 
 def _of_bytes(tokenizer: Tokenizer) -> bytes:
@@ -103,5 +103,5 @@ def _of_bytes(tokenizer: Tokenizer) -> bytes:
     return library.to_str(pretty=True).encode()
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

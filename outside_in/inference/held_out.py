@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ def hellaswag(
 ) -> dict[str, float | int | None]:
     """Return the share of questions that a model answers correctly."""
     if longer := count_longer(questions, model.config.context_length, tokenizer):
-        print(f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated")
+        print(
+            f"notice: {path}: {longer:,} of {len(questions):,} questions exceed its context and are truncated",
+            file=sys.stderr,
+        )
     right = np.zeros(2, int)
     with Progress(total=len(questions), unit="question") as bar:
         for i, per_token, whole in answer(model, questions, tokenizer):

@@ -30,7 +30,7 @@ def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, wi
     if chosen == "blocks":
         k_BTNH, v_BTNH = (repeat_heads(x, q_BTNH.shape[2], 2) for x in (k_BTNH, v_BTNH))
         return blockwise_attention(q_BTNH, k_BTNH, v_BTNH, window)
-    left_and_right = None if window is None else (window - 1, 0)
+    left_and_right = None if window is None or window >= q_BTNH.shape[1] else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation=chosen, local_window_size=left_and_right
     )

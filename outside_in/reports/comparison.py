@@ -79,10 +79,11 @@ class RunResult:
 
     @property
     def seconds(self) -> float:
-        """Return the time of training. Before the first checkpoint, only that of the steps is known."""
-        if self.checkpoint_seconds is not None:
-            return self.checkpoint_seconds
-        return float(self.records.column("seconds").sum())
+        """Return the time of training. Since the newest checkpoint, only that of the steps is known."""
+        before = self.checkpoint_seconds
+        since = 0 if before is None else self.meta.get("global_step", 0)
+        steps = self.records.column("seconds")[self.records.column("global_step") > since]
+        return (before or 0) + float(steps.sum())
 
 
 def compare(runs: list[RunDirectory], x: str, chart: Path, to_loss: float | None = None) -> list[str]:

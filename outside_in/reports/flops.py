@@ -4,11 +4,15 @@ MFU is the model FLOPs utilization of "PaLM", appendix B, https://arxiv.org/abs/
 definition asks for, whatever is computed twice or skipped, divided by what the device could do at its best.
 """
 
+import re
 from typing import NamedTuple
 
 from outside_in.config import ModelConfig
 
 FORMULA = "6 · (parameters of matrix products) + 12 · layers · width · context"
+MEMORY = (
+    r"([- ](SXM\d?|PCI[Ee]|\d+GB?|HBM\w+))*"  # the slot, and the memory: a laptop's or a slice of a card is another
+)
 OF_WINDOWS = ", or the window where a layer has one"  # after it
 
 
@@ -23,15 +27,18 @@ class Peak(NamedTuple):
     source: str
 
 
-# By the beginning of JAX's `device_kind`; the first that fits counts. Data sheets give figures with sparsity: halved.
+# By JAX's `device_kind`, which may go on with MEMORY. Data sheets give figures with sparsity: halved.
 PEAKS = {
     "NVIDIA B200": Peak(2250, 1100, "https://resources.nvidia.com/en-us-blackwell-architecture"),
     "NVIDIA GH200": Peak(989.5, 494.5, "https://resources.nvidia.com/en-us-grace-cpu/grace-hopper-superchip"),
+    "NVIDIA H200 NVL": Peak(835.5, 417.5, "https://www.nvidia.com/en-us/data-center/h200/"),
     "NVIDIA H200": Peak(989.5, 494.5, "https://www.nvidia.com/en-us/data-center/h200/"),
     "NVIDIA H100 PCIe": Peak(756, 378, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "NVIDIA H100 NVL": Peak(835.5, 417.5, "https://www.nvidia.com/en-us/data-center/h100/"),
     "NVIDIA H100": Peak(989.5, 494.5, "https://www.nvidia.com/en-us/data-center/h100/"),
     "NVIDIA A100": Peak(312, 156, "https://www.nvidia.com/en-us/data-center/a100/"),
     "NVIDIA L40S": Peak(362, 183, "https://www.nvidia.com/en-us/data-center/l40s/"),
+    "NVIDIA L40": Peak(181, 90.5, "https://www.nvidia.com/en-us/data-center/l40/"),
     "NVIDIA L4": Peak(121, 60, "https://www.nvidia.com/en-us/data-center/l4/"),
     "NVIDIA GeForce RTX 4090": Peak(165.2, 82.6, "NVIDIA Ada GPU Architecture, appendix A"),
     "NVIDIA GeForce RTX 3090": Peak(71, 35.6, "NVIDIA Ampere GA102 GPU Architecture, table 2 and appendix A"),
@@ -66,7 +73,7 @@ def peak_tflops(device_kind: str, precision: str) -> float | None:
 
 
 def find_peak(device_kind: str) -> Peak | None:
-    return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
+    return next((peak for name, peak in PEAKS.items() if re.fullmatch(re.escape(name) + MEMORY, device_kind)), None)
 
 
 def describe_peak(device_kind: str, precision: str) -> str:

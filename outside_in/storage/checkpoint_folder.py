@@ -103,10 +103,12 @@ def find_named(checkpoints: list[Checkpoint], which: str) -> Checkpoint | None:
 def beats(meta: dict[str, Any], measure: str, others: list[Checkpoint]) -> bool:
     """Return whether a checkpoint's loss is lower than that of the best before it in its history.
 
-    One that was judged on other data does not count.
+    One that was judged on other tokens does not count.
     """
     best = find_best([other for other in history(others) if other.global_step < meta["global_step"]])
-    to_beat = best.meta.get(measure) if best and best.meta.get("data") == meta["data"] else None
+    tokens = "validation" if measure == "val_loss" else "train"
+    is_judged_alike = best and best.meta.get("data", {}).get(tokens) == meta["data"][tokens]
+    to_beat = best.meta.get(measure) if best and is_judged_alike else None
     loss = meta.get(measure)
     return loss is not None and not (isinstance(to_beat, float) and to_beat <= loss)
 

@@ -8,10 +8,10 @@ import jax
 import checkpointing
 from checkpointing import Checkpoint
 from outside_in.config import ModelConfig, TrainConfig, devices_at_start
-from outside_in.data.run_length import known_data, whole_steps
+from outside_in.data.run_length import fetch_and_count_steps, known_data
 from outside_in.diagnostics import preflight
 from outside_in.layers.kernels import describe_attention
-from outside_in.overrides import in_effect, parse, train_line
+from outside_in.overrides import MODEL, in_effect, parse, train_line
 from outside_in.reports.flops import describe_peak
 from outside_in.reports.loggers import check_installed
 from outside_in.runtime import processes
@@ -39,7 +39,7 @@ def run_training(
     time_budget: TimeBudget,
 ) -> int:
     """Train a run, or resume it; return the exit code."""
-    overrides = in_effect(parse(args.changes), config)
+    overrides = in_effect((key for key in parse(args.changes) if not key.startswith(MODEL)), config)
     check_same(model_config, config, args, overrides)
     processes.on_main_process(check_installed, run, config.log_to)
     checkpoint, accepted = find_start(run, args.from_checkpoint), set()
@@ -48,7 +48,7 @@ def run_training(
         accepted = resume_checks.check_configs(
             checkpoint.meta, model_config, config, accept=args.accept_changes, overrides=overrides
         )
-        total = whole_steps(model_config, config, devices_at_start(config, checkpoint.meta))
+        total = fetch_and_count_steps(model_config, config, devices_at_start(config, checkpoint.meta))
         is_finished = checkpoint.global_step == total and checkpoint.is_validated
         keep = config.keep_checkpoints if is_finished else None
         processes.on_main_process(checkpointing.repair_links_and_prune, run.checkpoints, keep)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import checkpointing
 from checkpointing import Checkpoint
-from model import create_model
+from model import model_of
 from outside_in.config import (
     ModelConfig,
     TrainConfig,
@@ -21,7 +21,7 @@ from outside_in.config import (
 )
 from outside_in.config_files import load_config
 from outside_in.data.loader import ENTROPY_SAMPLE, TokenStream, fingerprint, open_streams, unigram_loss
-from outside_in.data.run_length import find_data_tokenizer, spare_sequences, total_steps, whole_steps
+from outside_in.data.run_length import fetch_and_count_steps, find_data_tokenizer, spare_sequences, total_steps
 from outside_in.data.sources import dataset_folder, dataset_revision
 from outside_in.data.tokenizer import Tokenizer
 from outside_in.diagnostics.preflight import check_fits
@@ -69,7 +69,7 @@ def plan_run(
     devices = devices_at_start(config, checkpoint.meta) if checkpoint else mesh.devices.size
     sequences = devices * config.gradient_accumulation_steps * config.microbatch_size
     adapted = with_sequences_per_step(config, sequences, mesh.devices.size)
-    total = whole_steps(model_config, config, devices)
+    total = fetch_and_count_steps(model_config, config, devices)
     length, steps = model_config.context_length, total // config.epochs
     grown = resume_checks.check_length(checkpoint, total, sequences * length, config)
     spare = spare_sequences(model_config, config, steps, devices)
@@ -133,9 +133,7 @@ def build(plan: Plan, time_budget: TimeBudget) -> TrainState:
     }
     fingerprints = processes.broadcast(fingerprints)
     check_fits(plan.model_config, config, mesh)
-    model = create_model(
-        plan.model_config, config.seed, config.drop_rate, config.precision, config.loss_rows_per_chunk, config.remat
-    )
+    model = model_of(plan.model_config, config)
     place(model, mesh)
     tokens_per_step = tokens_per_global_step(plan.model_config, config, mesh.devices.size)
     optimizer = make_optimizer(model, config, plan.total_steps, tokens_per_step)

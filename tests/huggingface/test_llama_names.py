@@ -123,6 +123,8 @@ def test_a_part_that_the_format_does_not_have_is_refused_by_name(changes, told):
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"intermediate_size": "24"}, "intermediate_size: expected a valid integer"),
         ({"vocab_size": 151_936}, "less than or equal to 65536"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types: expected num_hidden_layers=2 of them, got 1"),
+        ({"rope_parameters": None, "rope_scaling": "linear"}, 'rope_type="linear", expected "default"'),
         ({"layer_types": ["linear_attention"] * 2}, "layer_types: expected a list of sliding_attention and full_att"),
     ],
     ids=str,

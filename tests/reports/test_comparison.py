@@ -34,7 +34,8 @@ def trained(make_run):
         run = RunDirectory(make_run(name, **changes))
         run.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
         if meta is not None:
-            checkpoint = run.checkpoints / f"20261121T093000Z-iteration-{records[-1]['global_step']}"
+            step = (records[-1] | meta)["global_step"]
+            checkpoint = run.checkpoints / f"20261121T093000Z-iteration-{step}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "meta.json").write_text(json.dumps(meta))
         return run
@@ -56,14 +57,15 @@ def test_the_table_holds_the_numbers_that_a_hand_computes(trained, tmp_path):
             record(7, None, rejected_updates=1),
             record(8, 2.5, rejected_updates=1, val_loss=2.0),
         ],
-        {"seconds_trained": 3723.4},
+        {"seconds_trained": 3723.4, "global_step": 6},
     )
     second = trained("second", [record(1, 4.5), record(2, 4.25)], model={"n_layers": 0})
     lines = compare([first, second], "tokens", tmp_path / "chart.png")
     names = "run parameters tokens|training loss|validation loss|perplexity|tokens/s|rejected|time"
     assert cells(lines[0]) == ["run", "parameters", *names.split(maxsplit=2)[2].split("|")]
-    # the 3 steps after the last milestone, of which one has no loss: (2 + 2.5) / 2; 128 tokens in half a second, mostly
-    expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.2500", "2.0000", "7.389", "256", "1", "1:02:03"]
+    # the 3 steps after the last milestone, of which one has no loss: (2 + 2.5) / 2; 128 tokens in half a second, mostly;
+    # two steps after the checkpoint: 3723.4 + 1 seconds
+    expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.2500", "2.0000", "7.389", "256", "1", "1:02:04"]
     assert cells(lines[2]) == expected
     assert cells(lines[3]) == ["second", "7,040", "256", "4.3750", "–", "–", "256", "0", "0:00:01"]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
