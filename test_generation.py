@@ -22,8 +22,7 @@ def main(args: argparse.Namespace) -> int:
 
     initialize_devices()
     path = find_weights(args.model)
-    if args.interactive:
-        check_objective(path, args.model)
+    check_objective(path, args.model)
     model, tokenizer = load_saved_model(path), need_tokenizer(path)
     return converse(model, tokenizer, args) if args.interactive else complete(model, tokenizer, prompts, args)
 

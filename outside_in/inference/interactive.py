@@ -50,7 +50,7 @@ def converse(model: GPTModel, tokenizer: Tokenizer, args: argparse.Namespace) ->
         with contextlib.suppress(ImportError):  # some builds of Python lack it
             import readline  # noqa: F401  # gives `input` line editing, and a history
         print(f"{settings.describe(args)}; /help lists commands, Ctrl-D leaves")
-    session = Session(model, tokenizer, argparse.Namespace(**vars(args)), is_terminal)
+    session, code = Session(model, tokenizer, argparse.Namespace(**vars(args)), is_terminal), cli.DONE
     with signals.raising():
         while not session.is_over:
             try:
@@ -58,12 +58,12 @@ def converse(model: GPTModel, tokenizer: Tokenizer, args: argparse.Namespace) ->
             except EOFError:
                 break
             except ValueError as error:
-                cli.report_error(error, debug=args.debug)
+                code = cli.report_error(error, debug=args.debug)
             except KeyboardInterrupt:
                 if not is_terminal:  # where nobody could end the input
                     raise
                 print("\nCtrl-D leaves", file=sys.stderr)
-    return cli.DONE
+    return cli.DONE if is_terminal else code
 
 
 def read_line(is_terminal: bool) -> str:

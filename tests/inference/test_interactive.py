@@ -218,7 +218,7 @@ def test_what_makes_no_sense_is_one_line_and_the_session_continues(pipe, line, c
     content = line if isinstance(line, bytes) else line.encode()
     finished = pipe(content + b"\n \n/settings\n")
     assert finished.stderr == f"error: {complaint}\n"
-    assert finished.stdout == "temperature 0.7, top-k off, top-p off, seed 0, tokens 50\n" and finished.returncode == 0
+    assert finished.stdout == "temperature 0.7, top-k off, top-p off, seed 0, tokens 50\n" and finished.returncode == 2
 
 
 def test_quit_leaves_and_help_names_every_command(pipe):
@@ -228,9 +228,10 @@ def test_quit_leaves_and_help_names_every_command(pipe):
         assert f"\n  {command} " in finished.stdout
 
 
-def test_a_model_that_repeats_its_input_is_refused(pipe, weights, tmp_path):
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_a_model_that_repeats_its_input_is_refused(pipe, call_program, weights, tmp_path, is_interactive):
     (tmp_path / MODEL_FILE).write_bytes(weights.read_bytes())
     (tmp_path / "meta.json").write_text(json.dumps({"train_config": {"objective": "a-to-a"}}))
-    finished = pipe("water\n", model=tmp_path)
+    finished = pipe("water\n", model=tmp_path) if is_interactive else call_program("test_generation", tmp_path)
     assert finished.returncode == 2 and not finished.stdout
     assert f"uv run test_a_to_a.py {tmp_path} --text TEXT" in finished.stderr and finished.stderr.count("\n") == 1
