@@ -29,13 +29,13 @@ def make_stream(args: argparse.Namespace, config: ModelConfig, train: TrainConfi
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-    device = jax.local_devices()[0]
-    return {
-        "device": device.device_kind,
-        "versions": {module.__name__: module.__version__ for module in (jax, flax, optax)},
-        "parameters": count_parameters(config),
-        "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-    }
+    peak_bytes = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {**versions(), "parameters": count_parameters(config), "peak_device_bytes": peak_bytes}
+
+
+def versions() -> dict[str, Any]:
+    libraries = {module.__name__: module.__version__ for module in (jax, flax, optax)}
+    return {"device": jax.local_devices()[0].device_kind, "versions": libraries}
 
 
 def product(size: int, precision: str) -> Callable[[], Any]:

@@ -56,6 +56,18 @@ def test_the_report_says_what_was_trained_and_how_fast(report):
     assert told["peak_host_bytes"] > 10_000_000
 
 
+def test_the_speeds_of_rungs_are_by_that_of_the_first(call_program, make_run, tmp_path):
+    for name, train in (("01", {}), ("02", {"gradient_accumulation_steps": 2, "microbatches_per_call": 1})):
+        make_run(name, train=train)
+    finished = call_program("rungs", tmp_path, "--rounds", 2, "--steps", 2)
+    assert finished.returncode == 0, finished.stderr
+    rungs = json.loads(finished.stdout)["rungs"]
+    assert list(rungs) == ["01", "02"] and rungs["01"]["by_the_first"]["max"] == 1
+    assert rungs["02"]["tokens_per_second"] > 0 and rungs["02"]["by_the_first"]["min"] > 0
+    (tmp_path / "empty").mkdir()
+    assert "found no train.json there" in complaint(call_program("rungs", tmp_path / "empty"))
+
+
 def test_a_trace_leaves_the_compiled_program_and_the_kernels_in_its_folder(call_program, tmp_path):
     finished = call_program("kernel_times", tmp_path, *ARGUMENTS)
     assert finished.returncode == 0, finished.stderr

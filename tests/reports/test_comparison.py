@@ -63,8 +63,8 @@ def test_the_table_holds_the_numbers_that_a_hand_computes(trained, tmp_path):
     lines = compare([first, second], "tokens", tmp_path / "chart.png")
     names = "run parameters tokens|training loss|validation loss|perplexity|tokens/s|rejected|time"
     assert cells(lines[0]) == ["run", "parameters", *names.split(maxsplit=2)[2].split("|")]
-    # the 3 steps after the last milestone, of which one has no loss: (2 + 2.5) / 2; 128 tokens in half a second, mostly;
-    # two steps after the checkpoint: 3723.4 + 1 seconds
+    # the 3 steps after the last milestone, of which one has no loss: (2 + 2.5) / 2; 128 tokens in half a second,
+    # mostly; two steps after the checkpoint: 3723.4 + 1 seconds
     expected = ["first", f"{TINY_PARAMETERS:,}", "1,024", "2.2500", "2.0000", "7.389", "256", "1", "1:02:04"]
     assert cells(lines[2]) == expected
     assert cells(lines[3]) == ["second", "7,040", "256", "4.3750", "–", "–", "256", "0", "0:00:01"]
