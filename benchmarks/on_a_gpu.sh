@@ -9,6 +9,7 @@
 #   loop     train.py itself at that shape, with checkpoints
 #   trace    kernels of a step by their time (MICROBATCH, else 16), and the compiled program
 #   peers    against torch.compile in interleaved pairs (MICROBATCH, else 32; ATTENTION of PyTorch, else flash)
+#   modern   runs/modern-124m against runs/gpt2-124m: the speed of their own steps, in interleaved rounds
 #   tests    the tests that mean something on a GPU
 #
 # FOLDER gets JSON lines, logs and programs. PYTHON names an interpreter that has all packages; without it uv brings them.
@@ -106,9 +107,13 @@ peers() { # both programs are on the GPU at once, and JAX would take three quart
     -- $shape --microbatch "${MICROBATCH:-32}" >>"$folder/peers.jsonl"
 }
 
+modern() {
+  $python benchmarks/rungs.py runs/gpt2-124m runs/modern-124m --rounds 7 --steps 5 | tee "$folder/modern.json"
+}
+
 tests() { # compiled as users do
   XLA_FLAGS=${XLA_FLAGS:-} JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -q -n 0 -p no:cacheprovider -k "not on_a_cpu" tests/layers \
-    tests/test_loss.py tests/test_optimizer.py tests/test_train_step.py tests/test_sampling.py tests/test_forking.py
+    tests/test_loss.py tests/test_modern_parts.py tests/test_optimizer.py tests/test_update_rules.py tests/test_train_step.py tests/test_sampling.py tests/test_forking.py
 }
 
 for stage in "$@"; do

@@ -49,8 +49,10 @@ class Rung:
 def main(args: argparse.Namespace) -> int:
     if args.rounds < 2 or args.steps < 1:
         raise ValueError("expected at least 2 --rounds and 1 of --steps")
-    if not (runs := find_runs(args.ladder)):
-        raise ValueError(f"{args.ladder}: expected a folder of runs, found no train.json there")
+    for path in args.runs:
+        if not find_runs(path):
+            raise ValueError(f"{path}: expected a run or a folder of runs, found no train.json there")
+    runs = [run for path in args.runs for run in find_runs(path)]
     initialize_devices()
     rungs = [Rung(run) for run in runs]
     for rung in rungs:
@@ -70,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description="Measure how fast the runs of a folder train; prints one JSON object.")
-    parser.add_argument("ladder", type=Path, help="a folder of runs")
+    parser = cli.ArgumentParser(description="Measure how fast runs train beside each other; prints one JSON object.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument("--rounds", type=int, default=9, help="of steps of every run (9)")
     parser.add_argument("--steps", type=int, default=20, help="of each run in a round (20)")
     return parser
