@@ -63,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
         join(args.coordinator, args.processes, args.process)
         stop.is_distributed = True
     if run.train_config.exists() or not runs:
+        if args.max_layers is not None:
+            raise ValueError(f"--max-layers {args.max_layers}: expected a folder of runs, got the run {args.run}")
         return train_one(run, args, stop)
     return train_all(runs, args, stop)
 

@@ -117,6 +117,11 @@ def test_no_run_of_so_few_layers_is_a_mistake(call_program, ladder):
     assert told.endswith(f"--max-layers 0: expected at least 1, the fewest of {ladder}")
 
 
+def test_the_layers_of_a_single_run_are_no_choice(call_program, ladder):
+    told = complaint(call_program("train", ladder / "01", "--max-layers", "0"))
+    assert told.endswith(f"--max-layers 0: expected a folder of runs, got the run {ladder / '01'}")
+
+
 def test_check_describes_every_run_and_trains_none(call_program, ladder):
     finished = call_program("train", ladder, "--check")
     assert finished.returncode == 0
