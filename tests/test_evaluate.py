@@ -299,4 +299,4 @@ def test_questions_that_are_cut_are_counted(call_program, tmp_path):
     path = tmp_path / "val.jsonl"
     path.write_text(lines(ROW, ROW | {"ctx": "no " * 30}))
     finished = call_program("evaluate", weights, "--hellaswag", path)
-    assert "1 of 2 questions exceed its context and are truncated" in finished.stdout
+    assert "1 of 2 questions exceed its context and are truncated" in finished.stderr

@@ -93,7 +93,7 @@ def test_a_sound_model_passes_and_stays_as_it_is(batch, drop_rate):
 
 
 def test_a_run_with_checks_stops_where_it_would_have_rejected(call_program, make_run, monkeypatch):
-    create = setup.create_model
+    create = setup.model_of
 
     def poisoned(*arguments):
         model = create(*arguments)
@@ -102,6 +102,6 @@ def test_a_run_with_checks_stops_where_it_would_have_rejected(call_program, make
 
     run = make_run()
     assert call_program("train", run, "--debug-checks").returncode == 0
-    monkeypatch.setattr(setup, "create_model", poisoned)
+    monkeypatch.setattr(setup, "model_of", poisoned)
     line = complaint(call_program("train", make_run("poisoned"), "--debug-checks"), code=1)
     assert "global step 1, microbatch 0: parameter output_norm.bias: not finite" in line

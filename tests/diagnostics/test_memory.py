@@ -72,7 +72,7 @@ def test_memory_that_runs_out_while_training_is_the_same_line(call_program, make
     def create(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
 
-    monkeypatch.setattr(setup, "create_model", create)
+    monkeypatch.setattr(setup, "model_of", create)
     device_of(needs[4])
     assert 'is "microbatch_size": 4, "grad' in complaint(call_program("train", make_run(train=SHAPE)))
     device_of(needs[8])

@@ -50,8 +50,8 @@ def poisoned(monkeypatch):
         model.token_embedding.embedding[RARE] = np.nan
         return model
 
-    steps_create = setup.create_model
-    monkeypatch.setattr(setup, "create_model", create)
+    steps_create = setup.model_of
+    monkeypatch.setattr(setup, "model_of", create)
 
 
 def hash_lines(output):
@@ -161,7 +161,7 @@ def test_options_that_would_be_ignored_are_refused(train, make_run, options):
 
 
 def test_a_run_that_is_stuck_says_where_to_look(train, make_run, monkeypatch, poisoned):
-    monkeypatch.setattr(setup, "create_model", partial(all_poisoned, setup.create_model))
+    monkeypatch.setattr(setup, "model_of", partial(all_poisoned, setup.model_of))
     run = make_run(train={"max_consecutive_rejections": 3})
     line = complaint(train(run), code=1)
     assert f"{run / 'rejected-'}" in line and "(see " in line
@@ -222,7 +222,7 @@ def overflowing(create, *arguments):
 
 
 def test_an_overflow_of_the_norm_is_called_that(train, make_run, monkeypatch):
-    monkeypatch.setattr(setup, "create_model", partial(overflowing, setup.create_model))
+    monkeypatch.setattr(setup, "model_of", partial(overflowing, setup.model_of))
     run = make_run(train={"max_consecutive_rejections": 2, "clipping_max_norm": 1e40})
     finished = train(run)
     assert "WARNING step 1: the update was rejected: the norm of the gradient overflows float32" in finished.stdout
@@ -286,7 +286,7 @@ def test_a_best_checkpoint_that_has_diverged_is_called_that(train, breaking_run,
         model.head.embedding[...] *= 1e4
         return model
 
-    monkeypatch.setattr(setup, "create_model", partial(loud, setup.create_model))
+    monkeypatch.setattr(setup, "model_of", partial(loud, setup.model_of))
     run = breaking_run()
     line = complaint(train(run), code=1)
     assert "the best checkpoint, of step 5, is no better than a uniform guess (loss " in line
