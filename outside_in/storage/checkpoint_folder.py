@@ -107,7 +107,8 @@ def beats(meta: dict[str, Any], measure: str, others: list[Checkpoint]) -> bool:
     """
     best = find_best([other for other in history(others) if other.global_step < meta["global_step"]])
     tokens = "validation" if measure == "val_loss" else "train"
-    is_judged_alike = best and best.meta.get("data", {}).get(tokens) == meta["data"][tokens]
+    judged_on = best.meta.get("data") if best else None
+    is_judged_alike = isinstance(judged_on, dict) and judged_on.get(tokens) == meta["data"][tokens]
     to_beat = best.meta.get(measure) if best and is_judged_alike else None
     loss = meta.get(measure)
     return loss is not None and not (isinstance(to_beat, float) and to_beat <= loss)
