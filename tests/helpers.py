@@ -20,6 +20,7 @@ from outside_in.config import ModelConfig, TrainConfig
 from outside_in.layers.dropout import Dropout
 from outside_in.runtime.log import log
 from outside_in.storage import metrics
+from outside_in.weights import fill_like, host_arrays
 
 ROOT = Path(__file__).parent.parent
 GPT2_FIXTURE, LLAMA_FIXTURE = (ROOT / "tests" / "fixtures" / name for name in ("gpt2", "llama"))
@@ -54,6 +55,16 @@ def tiny_train_config(**changes):
 
 def tiny_model(seed=0, *, drop_rate=0.0, dtype="float32", **changes):
     return GPTModel(tiny_model_config(**changes), nnx.Rngs(seed), drop_rate=drop_rate, dtype=dtype)
+
+
+def arrays_of(model):
+    return host_arrays(nnx.state(model, nnx.Param))
+
+
+def model_with(config, arrays):
+    model = GPTModel(config, nnx.Rngs(0))
+    nnx.update(model, fill_like(nnx.state(model, nnx.Param), arrays, "theirs"))
+    return model
 
 
 @nnx.jit

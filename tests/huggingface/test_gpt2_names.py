@@ -5,12 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import GPT2_FIXTURE, logits, tiny_model, tiny_model_config
+from helpers import GPT2_FIXTURE, arrays_of, logits, model_with, tiny_model, tiny_model_config
 from safetensors.numpy import load_file
 from test_model import with_larger_weights
 
-from model import GPTModel
 from outside_in.config import ModelConfig
 from outside_in.config_files import key
 from outside_in.huggingface import gpt2_names, llama_names
@@ -21,20 +19,9 @@ from outside_in.huggingface.gpt2_names import (
     import_weights,
     without_zero_biases,
 )
-from outside_in.weights import fill_like, host_arrays
 
 THEIRS = json.loads((GPT2_FIXTURE / "config.json").read_text())
 GPT2 = {"qkv_bias": True, "tied_head": True}  # what OpenAI's own models are
-
-
-def arrays_of(model):
-    return host_arrays(nnx.state(model, nnx.Param))
-
-
-def model_of(config, arrays):
-    model = GPTModel(config, nnx.Rngs(0))
-    nnx.update(model, fill_like(nnx.state(model, nnx.Param), arrays, "theirs"))
-    return model
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
@@ -42,7 +29,7 @@ def test_logits_are_those_of_transformers(head):
     config = import_config(THEIRS | {"tie_word_embeddings": head == "tied"}, "config.json")
     stored = load_file(GPT2_FIXTURE / f"{head}.safetensors")
     tokens, expected = stored.pop("tokens"), stored.pop("logits")
-    model = model_of(config, import_weights(stored, config, head))
+    model = model_with(config, import_weights(stored, config, head))
     assert np.abs(expected).max() > 1  # random weights, large enough to tell
     np.testing.assert_allclose(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
@@ -62,7 +49,7 @@ def test_what_is_exported_is_imported_as_it_was(tied_head, qkv_bias, others):
     assert config == model.config.model_copy(update=dict.fromkeys(("qkv_bias", "attention_output_bias", "bias"), True))
     arrays = import_weights(theirs, config, "theirs")
     tokens = np.arange(12).reshape(1, 12)
-    np.testing.assert_array_equal(logits(model_of(config, arrays), tokens), logits(model, tokens))
+    np.testing.assert_array_equal(logits(model_with(config, arrays), tokens), logits(model, tokens))
     arrays, config = without_zero_biases(arrays, config, model.config)
     assert config == model.config
     assert arrays.keys() == arrays_of(model).keys()

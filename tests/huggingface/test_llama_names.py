@@ -4,16 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import LLAMA_FIXTURE, logits, tiny_model, tiny_model_config
+from helpers import LLAMA_FIXTURE, arrays_of, logits, model_with, tiny_model, tiny_model_config
 from modern import with_larger_weights
 from safetensors.numpy import load_file
 
-from model import GPTModel
 from outside_in.huggingface import formats
 from outside_in.huggingface.llama_names import export_config, export_weights, import_config, import_weights
 from outside_in.inference.generation import generate
-from outside_in.weights import fill_like, host_arrays
 
 MODELS = ["llama", "qwen3"]
 LLAMA = {"position": "rope", "norm": "rms", "feed_forward": "swiglu", "bias": False, "n_layers": 2}
@@ -33,16 +30,6 @@ def theirs(name):
     return json.loads((LLAMA_FIXTURE / f"{name}.json").read_text()), stored, *truth
 
 
-def arrays_of(model):
-    return host_arrays(nnx.state(model, nnx.Param))
-
-
-def model_of(config, arrays):
-    model = GPTModel(config, nnx.Rngs(0))
-    nnx.update(model, fill_like(nnx.state(model, nnx.Param), arrays, "theirs"))
-    return model
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_completions_are_those_of_transformers(name):
     """RoPE, RMSNorm, SwiGLU and grouped queries in both; QK-norm and a window in the Qwen3."""
@@ -53,7 +40,7 @@ def test_logits_and_completions_are_those_of_transformers(name):
         5 if name == "qwen3" else None,
         None,
     )
-    model = model_of(config, import_weights(stored, config, name))
+    model = model_with(config, import_weights(stored, config, name))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
     for row in completed:
