@@ -86,6 +86,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--new and --like: expected together: --new RUN --like RUN KEY=VALUE …")
     if args.run and not args.new and str(args.run).partition("=")[0] in KNOWN and not args.run.exists():
         raise ValueError(f"{args.run}: expected after the run: uv run train.py runs/NAME {shlex.quote(str(args.run))}")
+    if args.run is None and (args.mode or args.max_layers is not None or args.from_checkpoint) and not args.new:
+        raise ValueError("expected a run, or a folder of runs, before the options: uv run train.py runs/NAME …")
     if args.run is None and args.hash_parameters:  # which has taken the run's folder for its pattern
         raise ValueError("expected the run before --hash-parameters: uv run train.py runs/NAME --hash-parameters")
     if "=" in (args.hash_parameters or ""):

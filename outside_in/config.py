@@ -173,7 +173,7 @@ class TrainConfig(Config):
         for (choice, value), names in UNUSED.items():
             for name in names if getattr(self, choice) == value else ():
                 if getattr(self, name) != (default := type(self).model_fields[name].default):
-                    remedy = f"set it to {json.dumps(default)}, its default, or use another {choice}"
+                    remedy = f"set {name}={json.dumps(default)}, its default, or use another {choice}"
                     raise ValueError(f'{choice}="{value}" has no {name}; {remedy}')
         return self
 

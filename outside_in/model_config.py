@@ -51,7 +51,7 @@ class ModelConfig(Config):
     )
     qk_norm: bool = key("fatal", "an RMSNorm on each head's queries and keys", False)
     n_kv_heads: int | None = key(
-        "fatal", "heads of keys and values, each for as many query heads; null: n_heads", None, ge=1
+        "fatal", "heads of keys and values, each shared by equally many query heads; null: n_heads", None, ge=1
     )
     bias: bool = key("fatal", "biases in linear layers; false: in none of them", True)
     logit_soft_cap: Float32 | None = key(
@@ -171,7 +171,7 @@ def _of_other_parts(config: ModelConfig) -> Iterator[str]:
         other = json.dumps(not config.position_embedding)
         yield (
             f'position="{config.position}" and position_embedding={learned} contradict each other; '
-            f"set position_embedding to {other}, or remove it"
+            f"set position_embedding={other}"
         )
     for old in ("qkv_bias", "attention_output_bias"):
         if not config.bias and getattr(config, old):

@@ -317,12 +317,12 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         (
             ModelConfig,
             {"position": "rope", "position_embedding": True},
-            'position="rope" and position_embedding=true contradict each other; set position_embedding to false',
+            'position="rope" and position_embedding=true contradict each other; set position_embedding=false',
         ),
         (
             ModelConfig,
             {"position": "learned", "position_embedding": False},
-            'position="learned" and position_embedding=false contradict each other; set position_embedding to true',
+            'position="learned" and position_embedding=false contradict each other; set position_embedding=true',
         ),
         (ModelConfig, {"bias": False, "qkv_bias": True}, "bias=false and qkv_bias=true contradict each other; set"),
         (
@@ -352,23 +352,23 @@ def test_a_value_out_of_range_is_refused(config_class, name, value, complaint_ab
         (
             TrainConfig,
             {"muon_learning_rate": 0.02},
-            'optimizer="adamw" has no muon_learning_rate; set it to null, its',
+            'optimizer="adamw" has no muon_learning_rate; set muon_learning_rate=null, its',
         ),
         (
             TrainConfig,
             {"optimizer": "adafactor", "beta2": 0.95},
-            'optimizer="adafactor" has no beta2; set it to 0.999, its default, or use another optimizer',
+            'optimizer="adafactor" has no beta2; set beta2=0.999, its default, or use another optimizer',
         ),
-        (TrainConfig, {"optimizer": "lion", "epsilon": 1e-6}, 'optimizer="lion" has no epsilon; set it to'),
+        (TrainConfig, {"optimizer": "lion", "epsilon": 1e-6}, 'optimizer="lion" has no epsilon; set epsilon=1e-08'),
         (
             TrainConfig,
             {"decay_percent": 30},
-            'schedule="cosine" has no decay_percent; set it to 20.0, its default, or use another schedule',
+            'schedule="cosine" has no decay_percent; set decay_percent=20.0, its default, or use another schedule',
         ),
         (
             TrainConfig,
             {"schedule": "constant", "final_learning_rate_percent": 0},
-            'schedule="constant" has no final_learning_rate_percent; set it to 10.0, its default, or',
+            'schedule="constant" has no final_learning_rate_percent; set final_learning_rate_percent=10.0',
         ),
         (
             TrainConfig,

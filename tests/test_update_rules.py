@@ -163,7 +163,9 @@ def test_the_moments_are_counted(rule, shape):
 
 
 def test_a_rate_for_muon_without_muon_is_refused():
-    with pytest.raises(ValueError, match='optimizer="adamw" has no muon_learning_rate; set it to null, its default'):
+    with pytest.raises(
+        ValueError, match='optimizer="adamw" has no muon_learning_rate; set muon_learning_rate=null, its default'
+    ):
         tiny_train_config(muon_learning_rate=0.02)
 
 

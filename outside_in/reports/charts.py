@@ -213,9 +213,10 @@ def _scaled(axes: "Axes", *series: Series) -> list[Series]:
     positive = values[values > 0]
     if not len(positive) or (ratio := positive.max() / positive.min()) <= LOG_SCALE_FROM:
         return list(series)
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 100 else (1,)))
     lowest = positive.min()
     if values.min() <= 0:

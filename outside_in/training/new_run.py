@@ -14,7 +14,7 @@ from outside_in.data.token_files import TRAIN, count_tokens, find_validation
 from outside_in.overrides import Keys
 from outside_in.runtime.log import log
 from outside_in.storage import atomic
-from outside_in.storage.run_directory import RunDirectory
+from outside_in.storage.run_directory import RunDirectory, find_runs
 from outside_in.storage.strict_json import parse_object, read_text
 
 OF_OLD_DATA = ("start_train_token", "start_val_token")
@@ -29,8 +29,14 @@ def make_run(folder: Path, like: Path, changes: Sequence[str]) -> None:
     """
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder}: already exists; choose another name for --new")
+    if above := next((path for path in folder.parents if RunDirectory(path).train_config.exists()), None):
+        raise ValueError(
+            f"{folder}: {above} is a run, so nothing in it would be trained; choose another folder for --new"
+        )
     old = RunDirectory(like)
     old.check()
+    if not old.train_config.exists() and (runs := find_runs(like)):
+        raise ValueError(f"{like}: is a folder of runs; name one of them for --like, such as {runs[0].path}")
     model, train = (
         parse_object(read_text(path, "a config of a few lines"), str(path))
         for path in (old.model_config, old.train_config)

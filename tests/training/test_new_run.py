@@ -38,6 +38,20 @@ def test_a_new_run_is_like_the_old_one_but_for_what_is_changed(new, call_program
     assert call_program("train", tmp_path / "new", "--check").returncode == 0
 
 
+def test_no_run_is_made_within_another_or_like_a_folder_of_runs(call_program, make_run, tmp_path):
+    like, inside = make_run("like"), tmp_path / "like" / "a" / "new"
+    told = complaint(call_program("train", "--new", inside, "--like", like))
+    assert f"{inside}: {like} is a run, so nothing in it would be trained; choose another folder" in told
+    told = complaint(call_program("train", "--new", tmp_path / "new", "--like", tmp_path))
+    assert f"{tmp_path}: is a folder of runs; name one of them for --like, such as {like}" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "tokens"]
+
+
+@pytest.mark.parametrize("options", [["--check"], ["--max-layers", 2], ["--from", "best"]])
+def test_options_of_a_run_need_one(call_program, options):
+    assert "expected a run, or a folder of runs, before the options" in complaint(call_program("train", *options))
+
+
 def test_few_data_are_trained_on_in_several_epochs_and_bring_their_vocabulary(new, tmp_path):
     per_step = TINY_TRAIN["microbatch_size"] * TINY_TRAIN["gradient_accumulation_steps"] * TINY_MODEL["context_length"]
     few = make_data(tmp_path / "few", 3 * per_step + 1, "gpt2")
