@@ -4,6 +4,7 @@ On an NVIDIA GPU attention is cuDNN's where it can serve, and the vocabulary is 
 those of `cpu_kernels.py`; everywhere else they are the plain ones of JAX and Flax.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -70,10 +71,7 @@ class LayerNorm(nnx.LayerNorm):
         if target.platform() != "cpu":
             return super().__call__(x)
         assert self.scale is not None and self.bias is not None  # Flax's norms may do without
-        dtype = jnp.result_type(x, self.scale[...], self.bias[...])
-        arrays = (x.reshape(-1, x.shape[-1]), self.scale[...], self.bias[...])
-        arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
-        return layer_norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
+        return _by_rows(layer_norm, x, self.scale[...], self.bias[...])
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -87,10 +85,15 @@ class RMSNorm(nnx.RMSNorm):
         if target.platform() != "cpu":
             return super().__call__(x)
         assert self.scale is not None  # Flax's norms may do without
-        dtype = jnp.result_type(x, self.scale[...])
-        arrays = (x.reshape(-1, x.shape[-1]), self.scale[...])
-        arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
-        return rms_norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
+        return _by_rows(rms_norm, x, self.scale[...])
+
+
+def _by_rows(norm: Callable[..., jax.Array], x: jax.Array, *parameters: jax.Array) -> jax.Array:
+    """Call a norm of rows (M, D), in float32 or wider, for (…, D)."""
+    dtype = jnp.result_type(x, *parameters)
+    arrays = (x.reshape(-1, x.shape[-1]), *parameters)
+    arrays = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in arrays)
+    return norm(*arrays, EPSILON).reshape(x.shape).astype(dtype)
 
 
 def vocabulary_product(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:
